@@ -1,0 +1,1 @@
+"""Real data by name, and honest synthesizers where none can be shipped."""

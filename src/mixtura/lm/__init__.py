@@ -1,0 +1,1 @@
+"""Language models made of experts: build, upcycle, train, compress, decode, look inside."""

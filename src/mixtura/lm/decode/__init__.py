@@ -1,0 +1,1 @@
+"""Ways to choose the next token that only a mixture of experts has."""

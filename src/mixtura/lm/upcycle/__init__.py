@@ -1,0 +1,1 @@
+"""Dense checkpoints become mixtures of experts."""
