@@ -1,0 +1,250 @@
+"""One loop for the small trainings: seeds, schedule, progress, checkpoint and resume.
+
+A training is a function of the step. ``loss_at(step)`` draws its own batch from the step number and nothing else, so a
+run that was interrupted and resumed sees the same batches as one that was not, and ends with the same weights.
+
+- AdamW, decay on matrices only; linear warm-up, cosine to a floor; gradients clipped by their global norm.
+- A loss that is not finite stops the run before the optimizer moves.
+- A checkpoint is a directory of safetensors and JSON: weights, optimizer moments, step, losses. Nothing is pickled.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from mixtura.core.checkpoint import atomic_directory, read_json, write_json
+from mixtura.core.progress import bar
+
+__all__ = ["History", "NonFiniteLoss", "TrainConfig", "fit", "learning_rate"]
+
+log = logging.getLogger(__name__)
+
+STATE = "training.safetensors"
+META = "training.json"
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite; the weights are those before the step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """How long and how fast to train.
+
+    Attributes:
+        steps: number of optimizer steps, >= 0.
+        lr: peak learning rate.
+        warmup: share of the steps over which the rate rises linearly from zero.
+        final: share of the peak rate at which the cosine ends.
+        weight_decay: AdamW decay of tensors with two or more dimensions; vectors (norms, biases) are spared.
+        betas: AdamW moments.
+        clip: largest global gradient norm; 0 turns clipping off.
+        accumulate: calls of ``loss_at`` averaged into one step.
+        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        seed: seeds what chance enters a step (dropout, routing noise), step by step.
+    """
+
+    steps: int
+    lr: float = 1e-3
+    warmup: float = 0.1
+    final: float = 0.1
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip: float = 1.0
+    accumulate: int = 1
+    checkpoint_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be > 0, got {self.lr}")
+        for name in ("warmup", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share and must be between 0 and 1, got {getattr(self, name)}")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
+        if self.checkpoint_every < 0 or self.clip < 0 or self.weight_decay < 0:
+            raise ValueError("checkpoint_every, clip and weight_decay must be >= 0")
+
+
+@dataclass
+class History:
+    """What a training left behind: one loss a step, and where it resumed from (0 if it did not)."""
+
+    losses: list[float] = field(default_factory=list)
+    resumed_at: int = 0
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Rate at a step: linear warm-up, then cosine from ``lr`` to ``final * lr``.
+
+    Example:
+        >>> config = TrainConfig(steps=100, lr=1.0, warmup=0.1, final=0.1)
+        >>> [round(learning_rate(step, config), 3) for step in (0, 9, 10, 99)]
+        [0.1, 1.0, 1.0, 0.1]
+    """
+    warm = int(config.warmup * config.steps)
+    if step < warm:
+        return config.lr * (step + 1) / warm
+    along = (step - warm) / max(1, config.steps - 1 - warm)
+    return config.lr * (config.final + (1 - config.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, along))))
+
+
+def fit(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    resume: bool = True,
+    label: str = "train",
+    describe: Mapping[str, Any] | None = None,
+) -> History:
+    """Train the parameters of ``model`` that require gradients.
+
+    Args:
+        model: trained in place, left in the mode it came in.
+        loss_at: step number (times ``accumulate``, plus the part) -> scalar loss; draws its batch from that number.
+        config: length, rate and regularisation.
+        out: directory for the checkpoint; ``None`` keeps nothing. A finished run leaves its last checkpoint there.
+        resume: continue from the checkpoint in ``out`` if one is there.
+        label: name on the progress bar.
+        describe: facts about the data that must agree between the checkpoint and a resumed run.
+    Returns:
+        Losses, one a step, those before a resumption included.
+    Raises:
+        NonFiniteLoss: with the step; the optimizer has not moved.
+        ValueError: the checkpoint in ``out`` is of another model, data or schedule (first difference named).
+    """
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trained:
+        raise ValueError("model has no parameter that requires a gradient, so there is nothing to train")
+    optimizer = _optimizer(trained, config)
+    history, first = History(), 0
+    facts = {"config": _comparable(config), "data": dict(describe or {})}
+    if out is not None and resume and (out / META).exists():
+        history.losses = _restore(out, trained, optimizer, facts)
+        first = history.resumed_at = len(history.losses)
+        log.info("resumed %s at step %d from %s", label, first, out)
+    mode = model.training
+    model.train()
+    step = first
+    try:
+        with bar(desc=label, unit="step", total=config.steps, initial=first) as shown:
+            for step in range(first, config.steps):
+                history.losses.append(_step(trained, loss_at, optimizer, step, config))
+                shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
+                shown.update()
+                if out is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                    _save(out, trained, optimizer, history, facts)
+    except KeyboardInterrupt:
+        # The step that was under way may be half applied only inside the optimizer call; the last checkpoint is whole.
+        log.warning("interrupted at step %d; the last checkpoint resumes", step)
+        raise
+    finally:
+        model.train(mode)
+    if out is not None and len(history.losses) > first:
+        _save(out, trained, optimizer, history, facts)
+    return history
+
+
+def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in trained.values() if p.dim() >= 2]
+    vectors = [p for p in trained.values() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+
+
+def _step(
+    trained: Mapping[str, nn.Parameter],
+    loss_at: Callable[[int], Tensor],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    config: TrainConfig,
+) -> float:
+    optimizer.zero_grad(set_to_none=True)
+    total = 0.0
+    for part in range(config.accumulate):
+        loss = _seeded(loss_at, step * config.accumulate + part, config.seed) / config.accumulate
+        if not torch.isfinite(loss):
+            raise NonFiniteLoss(
+                f"the loss became {loss.item()} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
+            )
+        loss.backward()  # type: ignore[no-untyped-call]
+        total += loss.item()
+    if config.clip:
+        norm = nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        if not torch.isfinite(norm):
+            bad = next(name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all())
+            raise NonFiniteLoss(f"the gradient of {bad} is not finite at step {step}; lower lr={config.lr:g}")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, config)
+    optimizer.step()
+    return total
+
+
+def _seeded(loss_at: Callable[[int], Tensor], index: int, seed: int) -> Tensor:
+    # Dropout and routing noise draw from a stream of their own step, so a resumed run draws what an unbroken one drew,
+    # and the caller's generator is left where it was.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000_003 + index)
+        return loss_at(index)
+
+
+def _comparable(config: TrainConfig) -> dict[str, Any]:
+    facts = asdict(config)
+    facts.pop("checkpoint_every")  # how often to save is no part of what is computed
+    facts["betas"] = list(config.betas)
+    return facts
+
+
+def _save(
+    out: Path,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    history: History,
+    facts: Mapping[str, Any],
+) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name, p in trained.items():
+        tensors[f"weight/{name}"] = p.detach().contiguous()
+        for key, value in optimizer.state.get(p, {}).items():
+            tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
+    with atomic_directory(out) as beside:
+        save_file(tensors, beside / STATE)
+        write_json(beside / META, {**facts, "losses": history.losses})
+
+
+def _restore(
+    out: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+) -> list[float]:
+    meta = read_json(out / META)
+    for part, now in facts.items():
+        for key in sorted({*now, *meta[part]}):
+            if now.get(key) != meta[part].get(key):
+                raise ValueError(
+                    f"{out} holds a run with {key}={meta[part].get(key)!r}, this one has {now.get(key)!r}; "
+                    "give the same settings, another directory, or turn resume off"
+                )
+    tensors = load_file(out / STATE)
+    for name, p in trained.items():
+        saved = tensors.get(f"weight/{name}")
+        if saved is None or saved.shape != p.shape:
+            came = "nothing" if saved is None else str(tuple(saved.shape))
+            raise ValueError(f"{out} holds another model: {name} is {tuple(p.shape)} here and {came} there")
+        with torch.no_grad():
+            p.copy_(saved)
+        state = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
+        state.pop("weight")
+        if state:
+            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+    return [float(loss) for loss in meta["losses"]]
