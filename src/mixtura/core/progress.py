@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 from tqdm.auto import tqdm
@@ -25,7 +25,7 @@ def bar(*, desc: str, unit: str, total: int | None = None, initial: int = 0) -> 
 
 def progress(iterable: Iterable[T], *, desc: str, unit: str, total: int | None = None) -> Iterator[T]:
     """Yield the items of ``iterable`` under a bar named ``desc`` that counts ``unit``."""
-    if total is None and hasattr(iterable, "__len__"):
+    if total is None and isinstance(iterable, Sized):
         total = len(iterable)
     with bar(desc=desc, unit=unit, total=total) as shown:
         for item in iterable:

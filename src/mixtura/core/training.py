@@ -147,7 +147,6 @@ def fit(
                 if out is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
                     _save(out, trained, optimizer, history, facts)
     except KeyboardInterrupt:
-        # The step that was under way may be half applied only inside the optimizer call; the last checkpoint is whole.
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
     finally:

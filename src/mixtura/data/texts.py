@@ -10,7 +10,7 @@ dictionary     entries of the GNU Collaborative International Dictionary of Engl
 glosses        WordNet 3.0: words with their definitions                                   Debian: wordnet-base
 =============  ==========================================================================  ======================
 
-Every corpus is split once, by document, into a part to train on and a held-out part that nothing trains or calibrates on.
+Every corpus is split once, by document, into a part to train on and a held-out part that nothing trains on.
 """
 
 import gzip
@@ -112,7 +112,7 @@ def split(name: str, documents: list[str], *, share: float = HELD_OUT) -> Corpus
 def read_texts(paths: Iterable[str | Path]) -> list[str]:
     """Read text files, and every text file below directories, one document a file.
 
-    Files that are not UTF-8 text or are empty are an error when they were named, and are passed over inside a directory.
+    A file that is empty or not UTF-8 text is an error when it was named, and passed over inside a directory.
 
     Raises:
         FileNotFoundError: a path does not exist.

@@ -36,8 +36,8 @@ def token_losses(model: Any, blocks: Tensor, *, batch_size: int = 16) -> Tensor:
     device = next(model.parameters()).device
     try:
         rows = []
-        for part in blocks.split(batch_size):
-            ids = part.to(device)
+        for first in range(0, len(blocks), batch_size):
+            ids = blocks[first : first + batch_size].to(device)
             # use_cache=False: no key or value is read again, so none needs to be kept.
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
             loss = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
