@@ -104,8 +104,10 @@ def test_every_gradient_equals_that_of_the_sum(kv):
     for i in range(N):
         one = Attention(MixturaConfig(**SHAPE), 0).eval()
         one.config._attn_implementation = "eager"
-        weights = {f"{k}.weight": getattr(layer, k)[min(i, len(getattr(layer, k)) - 1)] for k in
-                   ("q_proj", "k_proj", "v_proj", "o_proj")}
+        weights = {
+            f"{k}.weight": getattr(layer, k)[min(i, len(getattr(layer, k)) - 1)]
+            for k in ("q_proj", "k_proj", "v_proj", "o_proj")
+        }
         total = total + gates[..., i : i + 1] * torch.func.functional_call(one, weights, (x, positions, causal(9)))[0]
     total.square().sum().backward()
     want = {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}

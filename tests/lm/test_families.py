@@ -172,13 +172,16 @@ def test_a_native_family_is_chosen_only_where_it_computes_the_same(placement, qk
 
 
 def test_each_native_family_is_reached():
-    reached = {native_family(MixturaConfig(**TINY, num_experts=4, **parts)) for parts in (
-        {},
-        {"qkv_bias": True},
-        {"qk_norm": "head"},
-        {"qk_norm": "full"},
-        {"qk_norm": "full", "norm_placement": "after"},
-    )}
+    reached = {
+        native_family(MixturaConfig(**TINY, num_experts=4, **parts))
+        for parts in (
+            {},
+            {"qkv_bias": True},
+            {"qk_norm": "head"},
+            {"qk_norm": "full"},
+            {"qk_norm": "full", "norm_placement": "after"},
+        )
+    }
     assert reached == set(NATIVE)
 
 
@@ -204,7 +207,10 @@ def test_an_unknown_family_is_named_and_the_known_ones_are_listed():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (hf.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1), "mixes kinds of attention"),
+        (
+            hf.Qwen2Config(**TINY, use_sliding_window=True, sliding_window=4, max_window_layers=1),
+            "mixes kinds of attention",
+        ),
         (hf.GemmaConfig(**TINY, use_bidirectional_attention=True), "reads both ways"),
         (hf.CohereConfig(**TINY, use_qk_norm=True), "use_qk_norm=True"),
     ],

@@ -193,7 +193,9 @@ def _tuned(
         model = mix(branches, config, generator=torch.Generator().manual_seed(seed)).to(sizes.device)
         began = time.perf_counter()
         train = TrainConfig(steps=steps, lr=lr, seed=seed + 2)
-        losses = _train(model, text, dict.fromkeys(names, 1.0), train, sizes, f"{config.attention} {config.routing} {lr:g}")
+        losses = _train(
+            model, text, dict.fromkeys(names, 1.0), train, sizes, f"{config.attention} {config.routing} {lr:g}"
+        )
         seconds = time.perf_counter() - began
         chosen_by = _mean(_perplexities(model, text.choose))
         rows.append({"lr": lr, "choose": chosen_by, "model": model, "seconds": seconds, "losses": losses})

@@ -128,14 +128,21 @@ def _smollm3(config: Any) -> Fields:
 def _phi(config: Any) -> Fields:
     layout = {"norm": "layer", "norm_bias": True, "norm_eps": config.layer_norm_eps, "block": "parallel"}
     biases = dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias", "lm_head_bias"), True)
-    return _common(config) | layout | biases | {"mlp_gated": False, "qk_norm": "head" if config.qk_layernorm else "none"}
+    return (
+        _common(config) | layout | biases | {"mlp_gated": False, "qk_norm": "head" if config.qk_layernorm else "none"}
+    )
 
 
 def _cohere(config: Any) -> Fields:
     if config.use_qk_norm:
         raise ValueError("cohere with use_qk_norm=True has a norm for each head, which is not supported; others are")
     bias = bool(config.attention_bias)
-    layout = {"norm": "layer", "norm_eps": config.layer_norm_eps, "block": "parallel", "logit_scale": config.logit_scale}
+    layout = {
+        "norm": "layer",
+        "norm_eps": config.layer_norm_eps,
+        "block": "parallel",
+        "logit_scale": config.logit_scale,
+    }
     return _common(config) | layout | {"qkv_bias": bias, "o_bias": bias}
 
 

@@ -140,7 +140,9 @@ def _stored(folder: Path) -> tuple[Source, torch.dtype]:
         with _opened(folder / SINGLE) as file:
             files = dict.fromkeys(file.keys(), SINGLE)
     else:
-        raise FileNotFoundError(f"{folder} holds no safetensors weights ({SINGLE} or {INDEX}); pickled ones are not read")
+        raise FileNotFoundError(
+            f"{folder} holds no safetensors weights ({SINGLE} or {INDEX}); pickled ones are not read"
+        )
 
     def source(name: str) -> Tensor:
         if name not in files:
@@ -183,5 +185,3 @@ class _opened:
 
     def __exit__(self, *exc: Any) -> None:
         self.file.__exit__(*exc)
-
-

@@ -27,7 +27,9 @@ __all__ = ["NATIVE", "build", "native_family", "why_not"]
 
 log = logging.getLogger(__name__)
 
-IDLE = 64  # width of a shared expert of zeros, where a family insists on one; divisible by any tensor-parallel size in use
+IDLE = (
+    64  # width of a shared expert of zeros, where a family insists on one; divisible by any tensor-parallel size in use
+)
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,9 @@ def _fill(model: PreTrainedModel, tensor: Source) -> None:
         value = tensor(name)
         assert value.shape == empty.shape, f"{name}: {tuple(value.shape)} for {tuple(empty.shape)}"
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value.contiguous(), requires_grad=value.is_floating_point()))
+        setattr(
+            model.get_submodule(owner), leaf, nn.Parameter(value.contiguous(), requires_grad=value.is_floating_point())
+        )
         model.config.dtype = value.dtype
         del value
     model.tie_weights()

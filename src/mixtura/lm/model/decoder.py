@@ -73,6 +73,8 @@ class MixturaPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    # transformers 5.23 decides this by searching the class's own source file for the decorator; ours stands in parts.py.
+    _can_set_experts_implementation_cached_value = True
     _can_record_outputs = {  # noqa: RUF012
         "router_logits": OutputRecorder(MixturaRouter, index=0),
         "hidden_states": MixturaLayer,
@@ -138,9 +140,7 @@ class MixturaModel(MixturaPreTrainedModel):
         )
         tables = self.rotary_emb(x, position_ids=position_ids)
         for layer in self.layers:
-            x = layer(
-                x, position_embeddings=tables, attention_mask=mask, past_key_values=past_key_values, **kwargs
-            )
+            x = layer(x, position_embeddings=tables, attention_mask=mask, past_key_values=past_key_values, **kwargs)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
 
 

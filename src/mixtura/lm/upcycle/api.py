@@ -60,7 +60,9 @@ def upcycle(
     if method.startswith("branch"):
         return _mixed(_named(model_or_models, method), method, n_experts, top_k, seed, options)
     if not isinstance(model_or_models, (PreTrainedModel, str, Path)):
-        raise TypeError(f"method={method!r} takes one model, got {type(model_or_models).__name__}; use branch-attend-mix")
+        raise TypeError(
+            f"method={method!r} takes one model, got {type(model_or_models).__name__}; use branch-attend-mix"
+        )
     if method == "copy" and (extra := {"segments", "shared"} & set(options)):
         raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")
     if method == "fine-grained":
@@ -79,10 +81,14 @@ def _mixed(
     options: dict[str, Any],
 ) -> PreTrainedModel:
     if n_experts is not None and n_experts != len(models):
-        raise ValueError(f"{method} makes one expert of each model: n_experts must be {len(models)} or left out, got {n_experts}")
+        raise ValueError(
+            f"{method} makes one expert of each model: n_experts must be {len(models)} or left out, got {n_experts}"
+        )
     if method == "branch-train-mix":
         if "attention" in options:
-            raise TypeError("branch-train-mix averages the attention and has no option 'attention'; use branch-attend-mix")
+            raise TypeError(
+                "branch-train-mix averages the attention and has no option 'attention'; use branch-attend-mix"
+            )
         options = {**options, "attention": "average"}
     _check_options(BranchAttendConfig, options, method)
     config = BranchAttendConfig(ffn_top_k=1 if top_k is None else top_k, **options)

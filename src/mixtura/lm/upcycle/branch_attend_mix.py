@@ -37,7 +37,15 @@ log = logging.getLogger(__name__)
 
 ATTENTION = ("expert-kv", "shared-kv", "average")
 # Settings that change no computation, in which branches may differ.
-FREE = {"initializer_range", "attention_dropout", "use_cache", "dtype", "architectures", "transformers_version", "_name_or_path"}
+FREE = {
+    "initializer_range",
+    "attention_dropout",
+    "use_cache",
+    "dtype",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+}
 PER_EXPERT = ("q_proj", "k_proj", "v_proj", "o_proj")
 KEYS_AND_VALUES = (".k_proj", ".v_proj", ".k_norm.")
 
@@ -74,7 +82,9 @@ class BranchAttendConfig:
         if self.balance < 0 or self.z < 0 or self.router_std < 0:
             raise ValueError("balance, z and router_std must be >= 0")
         if self.attention == "average" and self.routing != "soft":
-            raise ValueError(f"routing={self.routing!r} has no effect with attention='average': it has no attention experts")
+            raise ValueError(
+                f"routing={self.routing!r} has no effect with attention='average': it has no attention experts"
+            )
 
 
 def branch(
@@ -153,7 +163,9 @@ def mix(
     vocabularies_agree({name: _vocabulary(path) for name, path in paths.items()})
     seed = int(torch.randint(2**31, (1,), generator=generator)) if generator is not None else 0
     ours = _mixture_config(branches, config)
-    rules = _Rules([d.tensor for d in branches.values()], ours, config.router_std, seed, next(iter(branches.values())).dtype)
+    rules = _Rules(
+        [d.tensor for d in branches.values()], ours, config.router_std, seed, next(iter(branches.values())).dtype
+    )
     first = next(iter(branches.values()))
     model = build(ours, rules.tensor, generation_config=first.generation_config)
     for i, j in sorted(rules.clones):
@@ -254,4 +266,3 @@ def _vocabulary(folder: Path) -> dict[str, int]:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder).get_vocab()
-
