@@ -22,7 +22,9 @@ def benchmarks() -> str:
         if record.get("notes"):
             parts.append(record["notes"])
         machine = record.get("machine", {})
-        parts.append(f"Measured on {machine.get('processor', 'an unnamed machine')}, {machine.get('threads', '?')} threads.")
+        parts.append(
+            f"Measured on {machine.get('processor', 'an unnamed machine')}, {machine.get('threads', '?')} threads."
+        )
     return "\n\n".join(parts) + "\n"
 
 

@@ -66,8 +66,12 @@ def entry(system: System, record: Record | None) -> str:
     for row in record["margin"]:
         over = "mean" if row["over"] == "mean" else "every seed"
         found = f"{_number(row['mean'])} ± {_number(row['spread'])} | {_number(row['low'])} to {_number(row['high'])}"
-        verdict = ("yes" if row["settled"] or row["over"] == "every" else "yes, within the spread") if row["holds"] else "no"
-        rows.append(f"| {row['why'] or row['figure']} | {row['sense']} {row['bound']:g} ({over}) | {found} | {verdict} |")
+        verdict = (
+            ("yes" if row["settled"] or row["over"] == "every" else "yes, within the spread") if row["holds"] else "no"
+        )
+        rows.append(
+            f"| {row['why'] or row['figure']} | {row['sense']} {row['bound']:g} ({over}) | {found} | {verdict} |"
+        )
     parts.append("\n".join(rows))
     if record["limits"]:
         parts.append(f"**Limits.** {record['limits']}")
@@ -97,9 +101,7 @@ def systems_table(directory: Path, systems: Iterable[System] = SYSTEMS) -> str:
     """The README's table of systems, in Markdown."""
     rows = ["| system | room | what it does | status |", "|---|---|---|---|"]
     for system in systems:
-        rows.append(
-            f"| [`{system.id}`]({system.url}) | {system.room} | {system.line} | {status(system, directory)} |"
-        )
+        rows.append(f"| [`{system.id}`]({system.url}) | {system.room} | {system.line} | {status(system, directory)} |")
     return "\n".join(rows) + "\n"
 
 

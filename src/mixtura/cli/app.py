@@ -74,4 +74,6 @@ def _in_words(error: BaseException) -> str:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True, highlight=False).print(f"[red]error[/red] {text}" if text else "error", markup=True, soft_wrap=True)
+    Console(stderr=True, highlight=False).print(
+        f"[red]error[/red] {text}" if text else "error", markup=True, soft_wrap=True
+    )

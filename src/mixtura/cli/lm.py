@@ -17,7 +17,9 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and stop.")]
 Text = Annotated[
     list[Path] | None,
-    typer.Option(help="Text file or directory of texts; may be repeated. Default: Python's own sources, reference and sums."),
+    typer.Option(
+        help="Text file or directory of texts; may be repeated. Default: Python's own sources, reference and sums."
+    ),
 ]
 
 
@@ -53,13 +55,18 @@ def add_to(app: typer.Typer) -> None:
 def upcycle(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="SRC... DST", help="Dense checkpoints (several for the branch methods), then the directory to write."),
+        typer.Argument(
+            metavar="SRC... DST",
+            help="Dense checkpoints (several for the branch methods), then the directory to write.",
+        ),
     ],
     method: Annotated[UpcycleMethod, typer.Option(help="How experts are made of dense models.")] = UpcycleMethod.copy,
     experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained).")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts that each token visits.")] = 2,
     segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
-    shared_kv: Annotated[bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")] = False,
+    shared_kv: Annotated[
+        bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
+    ] = False,
     seed: Seed = 0,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -88,14 +95,23 @@ def upcycle(
     if method is UpcycleMethod.branch_attend_mix:
         options["attention"] = "shared-kv" if shared_kv else "expert-kv"
     work.upcycle(
-        sources[:-1], Path(sources[-1]), method.value, options, device=device, dry_run=dry_run, command=_command(), say=_say
+        sources[:-1],
+        Path(sources[-1]),
+        method.value,
+        options,
+        device=device,
+        dry_run=dry_run,
+        command=_command(),
+        say=_say,
     )
 
 
 def train(
     directory: Annotated[str, SOURCE],
     text: Text = None,
-    out: Annotated[Path | None, typer.Option(help="Directory to write; default: DIRECTORY with -trained behind it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; default: DIRECTORY with -trained behind it.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 4,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
@@ -149,7 +165,8 @@ def compress(
     method: Annotated[CompressMethod, typer.Option(help="How to compress.")] = CompressMethod.mc_moe,
     bits: Annotated[float, typer.Option(help="Average bits of an expert's weight, scales not counted.")] = 2.5,
     prune: Annotated[
-        float | None, typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens.")
+        float | None,
+        typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens."),
     ] = None,
     text: Text = None,
     samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 32,
@@ -215,7 +232,9 @@ def generate(
 def inspect(
     directory: Annotated[str, SOURCE],
     text: Text = None,
-    report: Annotated[Path, typer.Option(help="HTML file to write; a JSON file of the same name stands beside it.")] = Path("routing.html"),
+    report: Annotated[
+        Path, typer.Option(help="HTML file to write; a JSON file of the same name stands beside it.")
+    ] = Path("routing.html"),
     samples: Annotated[int, typer.Option(help="Blocks a domain.")] = 16,
     length: Annotated[int, typer.Option(help="Tokens a block.")] = 256,
     device: Device = "cpu",

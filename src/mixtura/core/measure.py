@@ -1,5 +1,6 @@
 """What a piece of work took: peak memory, seconds, and what this machine can do."""
 
+import contextlib
 import resource
 import sys
 import time
@@ -27,10 +28,9 @@ class Meter:
     """
 
     def __enter__(self) -> "Meter":
-        try:
+        # No such file, or a container that forbids it: the peak is then the process's.
+        with contextlib.suppress(OSError):
             _CLEAR.write_text("5")
-        except OSError:
-            pass  # no such file, or a container that forbids it: the peak is then the process's
         self.seconds = 0.0
         self.peak_bytes = 0
         self._began = time.perf_counter()

@@ -41,7 +41,9 @@ def figure_html(figure: Any, caption: str) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{html.escape(caption, quote=True)}"', 1)
+    svg = svg[svg.index("<svg") :].replace(
+        "<svg", f'<svg role="img" aria-label="{html.escape(caption, quote=True)}"', 1
+    )
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 

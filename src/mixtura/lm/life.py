@@ -183,7 +183,8 @@ def _prepare(
     source: str | Path, domains: Mapping[str, Corpus], tokenizer: Any, out: Path, config: LifeConfig, device: str
 ) -> _Run:
     held_out = {
-        name: blocks(tokenizer, corpus.held_out, config.length, limit=MEASURED_BLOCKS) for name, corpus in domains.items()
+        name: blocks(tokenizer, corpus.held_out, config.length, limit=MEASURED_BLOCKS)
+        for name, corpus in domains.items()
     }
     development, kept = {}, {}
     for name, corpus in domains.items():
@@ -320,7 +321,12 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
             seed=run.config.seed,
             inplace=True,
         )
-        save(small, run.tokenizer, out / "compressed", card=_card(run, "compressed", "Experts at 1 to 3 bits, rest at 4."))
+        save(
+            small,
+            run.tokenizer,
+            out / "compressed",
+            card=_card(run, "compressed", "Experts at 1 to 3 bits, rest at 4."),
+        )
     small = measured("compress", out / "compressed", meter, total=total)
     with Meter() as meter:
         pruned = compress(small, run.tokenizer, run.train_texts(), bits=None, prune=0.02, inplace=True, samples=8)
@@ -346,9 +352,7 @@ def _packed(model: Any) -> list[Any]:
     return find_moe(model)
 
 
-def _measure(
-    run: _Run, name: str, path: Path | str, made: Meter | None, model: Any, total: int
-) -> tuple[Stage, Any]:
+def _measure(run: _Run, name: str, path: Path | str, made: Meter | None, model: Any, total: int) -> tuple[Stage, Any]:
     with Meter() as meter:
         if model is None:
             model, _ = load(path, dtype=torch.bfloat16, device=run.device)

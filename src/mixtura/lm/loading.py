@@ -29,12 +29,16 @@ def load_config(source: str | Path) -> Any:
     """
     path = Path(source)
     if path.is_file():
-        raise CheckpointError(f"{source} is a file; give the directory that holds config.json and the safetensors files")
+        raise CheckpointError(
+            f"{source} is a file; give the directory that holds config.json and the safetensors files"
+        )
     if path.is_dir():
         if not (path / "config.json").exists():
             raise CheckpointError(f"{source} is no checkpoint: it holds no config.json")
         if "auto_map" in read_json(path / "config.json"):
-            log.warning("%s names code of its own in auto_map; mixtura never runs it and uses transformers' classes", source)
+            log.warning(
+                "%s names code of its own in auto_map; mixtura never runs it and uses transformers' classes", source
+            )
         try:
             verify_safetensors(path)
         except ValueError as error:

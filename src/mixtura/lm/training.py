@@ -69,7 +69,9 @@ def train(
         NonFiniteLoss: the loss became NaN; the weights are those before the step.
     """
     if wrong := sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}):
-        raise TypeError(f"model must be in float32 to be trained, got {', '.join(wrong)}; load it with dtype=torch.float32")
+        raise TypeError(
+            f"model must be in float32 to be trained, got {', '.join(wrong)}; load it with dtype=torch.float32"
+        )
     domains = texts if isinstance(texts, Mapping) else {"text": texts}
     limit = max(64, 4 * steps * batch_size)
     sources = {name: blocks(tokenizer, part, length, limit=limit) for name, part in domains.items()}
@@ -155,4 +157,6 @@ def select_trainable(model: nn.Module, trainable: Trainable, *, layers: Sequence
 
 def fast_bfloat16() -> bool:
     """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones (measured, a tenth of a second)."""
-    return matmul_rate(torch.bfloat16, size=512, seconds=0.05) > 1.3 * matmul_rate(torch.float32, size=512, seconds=0.05)
+    return matmul_rate(torch.bfloat16, size=512, seconds=0.05) > 1.3 * matmul_rate(
+        torch.float32, size=512, seconds=0.05
+    )
