@@ -114,7 +114,7 @@ class Claim:
     run: Callable[[Scale, int, Path], Figures]
     plot: Callable[[Record, Any], None] | None = None
     limits: str = ""
-    seeds: Mapping[str, tuple[int, ...]] = field(default=SEEDS)
+    seeds: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SEEDS)
 
 
 def judge(claim: Claim, figures: Sequence[Figures]) -> tuple[str, list[dict[str, Any]]]:

@@ -1,1 +1,5 @@
-"""The command line."""
+"""The command line: verbs, not papers."""
+
+from mixtura.cli.app import main
+
+__all__ = ["main"]

@@ -47,7 +47,7 @@ class TrainConfig:
         betas: AdamW moments.
         clip: largest global gradient norm; 0 turns clipping off.
         accumulate: calls of ``loss_at`` averaged into one step.
-        checkpoint_every: steps between checkpoints; 0 writes one at the end only.
+        checkpoint_every: steps between checkpoints; 0 writes none.
         seed: seeds what chance enters a step (dropout, routing noise), step by step.
     """
 
@@ -115,7 +115,9 @@ def fit(
         model: trained in place, left in the mode it came in.
         loss_at: step number (times ``accumulate``, plus the part) -> scalar loss; draws its batch from that number.
         config: length, rate and regularisation.
-        out: directory for the checkpoint; ``None`` keeps nothing. A finished run leaves its last checkpoint there.
+        out: directory for the checkpoint of an unfinished run, written every ``checkpoint_every`` steps; ``None``
+            keeps nothing. What a finished run leaves there is its last such checkpoint: saving the result is the
+            caller's.
         resume: continue from the checkpoint in ``out`` if one is there.
         label: name on the progress bar.
         describe: facts about the data that must agree between the checkpoint and a resumed run.
@@ -151,8 +153,6 @@ def fit(
         raise
     finally:
         model.train(mode)
-    if out is not None and len(history.losses) > first:
-        _save(out, trained, optimizer, history, facts)
     return history
 
 

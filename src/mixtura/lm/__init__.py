@@ -1,1 +1,88 @@
-"""Language models made of experts: build, upcycle, train, compress, decode, look inside."""
+"""Language models made of experts: build, upcycle, train, compress, generate, look inside.
+
+>>> from mixtura.lm import upcycle, train, compress, generate, inspect     # doctest: +SKIP
+
+Five verbs over the modules of this room; each says in its docstring where the work is done. Heavy imports wait until a
+verb is called.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+# Loaded before the verbs of the same name are defined: Python binds a subpackage to its parent once, at its first
+# import, so from here on `mixtura.lm.upcycle` is the verb and `from mixtura.lm.upcycle import ...` still finds the package.
+import mixtura.lm.compress
+import mixtura.lm.upcycle  # noqa: F401
+
+if TYPE_CHECKING:
+    from mixtura.core.training import History
+    from mixtura.lm.anatomy import MoEBlock
+    from mixtura.lm.inspection import RoutingReport
+
+__all__ = ["compress", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
+
+Texts = Sequence[str] | Mapping[str, Sequence[str]]
+
+
+def find_moe(model: Any) -> "list[MoEBlock]":
+    """The mixture layers of any model; see :func:`mixtura.lm.anatomy.find_moe`."""
+    from mixtura.lm.anatomy import find_moe as found
+
+    return found(model)
+
+
+def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> Any:  # type: ignore[no-redef]
+    """Turn one dense model, or several branches of one, into a mixture; see :func:`mixtura.lm.upcycle.api.upcycle`.
+
+    Args:
+        model_or_models: dense model, path or hub id; for the branch methods several, by name or in a list.
+        method: ``"copy"``, ``"fine-grained"``, ``"branch-attend-mix"`` or ``"branch-train-mix"``.
+        options: ``n_experts``, ``top_k``, ``seed`` and what the method takes.
+    Returns:
+        A native transformers family where one has the structure, else ``MixturaForCausalLM``.
+    """
+    from mixtura.lm.upcycle.api import upcycle as run
+
+    return run(model_or_models, method=method, **options)  # type: ignore[arg-type]
+
+
+def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History":
+    """Train a model on text in place, its gates balanced; see :func:`mixtura.lm.training.train`."""
+    from mixtura.lm.training import train as run
+
+    return run(model, tokenizer, texts, **options)
+
+
+def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:  # type: ignore[no-redef]
+    """Compress a mixture of experts; see :func:`mixtura.lm.compress.api.compress`.
+
+    Args:
+        model, tokenizer: a mixture of experts and its tokenizer.
+        texts: calibration documents, or domain -> documents.
+        method: ``"mc-moe"``.
+        options: ``bits``, ``prune`` and what the method takes.
+    """
+    from mixtura.lm.compress.api import compress as run
+
+    return run(model, tokenizer, texts, method=method, **options)
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, **options: Any) -> str:
+    """Text that continues a prompt; see :func:`mixtura.lm.generation.generate`."""
+    from mixtura.lm.generation import generate as run
+
+    return run(model, tokenizer, prompt, **options)
+
+
+def inspect(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], **options: Any) -> "RoutingReport":
+    """Which experts fire on which domain and which tokens; see :func:`mixtura.lm.inspection.inspect`."""
+    from mixtura.lm.inspection import inspect as run
+
+    return run(model, tokenizer, texts, **options)
+
+
+def self_contrast(*args: Any, **options: Any) -> Any:
+    """For ``model.generate(custom_generate=self_contrast)``; see :mod:`mixtura.lm.decode.self_contrast`."""
+    from mixtura.lm.decode.self_contrast import self_contrast as run
+
+    return run(*args, **options)

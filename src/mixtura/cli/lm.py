@@ -1,0 +1,263 @@
+"""The life of a language model of experts: ``upcycle``, ``train``, ``compress``, ``generate``, ``inspect``."""
+
+import shlex
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = ["add_to"]
+
+SOURCE = typer.Argument(help="Checkpoint: a directory, or an id on the Hugging Face hub.")
+Seed = Annotated[int, typer.Option(help="Seed of everything that chance enters.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what it will take, and stop.")]
+Text = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="Text file or directory of texts; may be repeated. Default: Python's own sources, reference and sums."
+    ),
+]
+
+
+class UpcycleMethod(StrEnum):
+    copy = "copy"
+    fine_grained = "fine-grained"
+    branch_attend_mix = "branch-attend-mix"
+    branch_train_mix = "branch-train-mix"
+
+
+class CompressMethod(StrEnum):
+    mc_moe = "mc-moe"
+
+
+class DecodeName(StrEnum):
+    greedy = "greedy"
+    sample = "sample"
+    self_contrast = "self-contrast"
+
+
+class TrainableName(StrEnum):
+    all = "all"
+    experts = "experts"
+    router = "router"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    for command in (upcycle, train, compress, generate, inspect):
+        app.command()(command)
+
+
+def upcycle(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SRC... DST",
+            help="Dense checkpoints (several for the branch methods), then the directory to write.",
+        ),
+    ],
+    method: Annotated[UpcycleMethod, typer.Option(help="How experts are made of dense models.")] = UpcycleMethod.copy,
+    experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained).")] = 8,
+    top_k: Annotated[int, typer.Option(help="Experts that each token visits.")] = 2,
+    segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
+    shared_kv: Annotated[
+        bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Turn dense checkpoints into one mixture of experts.
+
+    `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
+    `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
+    feed-forward and attention; `branch-train-mix` averages their attention instead.
+
+    Examples:
+
+        mixtura upcycle HuggingFaceTB/SmolLM2-135M out/moe --experts 8 --top-k 2
+
+        mixtura upcycle base code law out/bam --method branch-attend-mix --top-k 1
+    """
+    from mixtura.cli import work
+
+    if len(sources) < 2:
+        raise ValueError("upcycle needs at least one source and, last, the directory to write: mixtura upcycle SRC DST")
+    options: dict[str, Any] = {"top_k": top_k, "seed": seed}
+    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained):
+        options["n_experts"] = experts
+    if method is UpcycleMethod.fine_grained:
+        options["segments"] = segments
+    if method is UpcycleMethod.branch_attend_mix:
+        options["attention"] = "shared-kv" if shared_kv else "expert-kv"
+    work.upcycle(
+        sources[:-1],
+        Path(sources[-1]),
+        method.value,
+        options,
+        device=device,
+        dry_run=dry_run,
+        command=_command(),
+        say=_say,
+    )
+
+
+def train(
+    directory: Annotated[str, SOURCE],
+    text: Text = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory to write; default: DIRECTORY with -trained behind it.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens a row.")] = 256,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
+    trainable: Annotated[TrainableName, typer.Option(help="What learns.")] = TrainableName.all,
+    balance: Annotated[float, typer.Option(help="Weight of the load-balance loss.")] = 0.01,
+    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
+    resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of an interrupted run.")] = True,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Train a checkpoint on text: router and experts together, with load balancing.
+
+    An interrupted run leaves its last checkpoint beside the output; the same command goes on from there.
+
+    Examples:
+
+        mixtura train out/moe --text book.txt --text notes/ --steps 200
+
+        mixtura train out/moe --trainable router --steps 50 --out out/routed
+    """
+    from mixtura.cli import work
+
+    source = Path(directory)
+    work.train(
+        directory,
+        out or source.with_name(f"{source.name}-trained"),
+        text,
+        {
+            "steps": steps,
+            "batch_size": batch,
+            "length": length,
+            "lr": lr,
+            "trainable": trainable.value,
+            "balance": balance,
+            "checkpoint_every": checkpoint_every,
+            "resume": resume,
+            "seed": seed,
+        },
+        device=device,
+        dry_run=dry_run,
+        command=_command(),
+        say=_say,
+    )
+
+
+def compress(
+    source: Annotated[str, SOURCE],
+    destination: Annotated[Path, typer.Argument(help="Directory to write.")],
+    method: Annotated[CompressMethod, typer.Option(help="How to compress.")] = CompressMethod.mc_moe,
+    bits: Annotated[float, typer.Option(help="Average bits of an expert's weight, scales not counted.")] = 2.5,
+    prune: Annotated[
+        float | None,
+        typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens."),
+    ] = None,
+    text: Text = None,
+    samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 256,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Compress a mixture of experts: 1 to 3 bits an expert by an integer program, 4 bits for the rest.
+
+    The result loads with transformers after `import mixtura`.
+
+    Examples:
+
+        mixtura compress out/moe out/small --bits 2.5
+
+        mixtura compress out/moe out/small --bits 2.0 --prune 0.02 --text corpus/
+    """
+    from mixtura.cli import work
+
+    options = {"bits": bits, "prune": prune, "samples": samples, "length": length, "seed": seed}
+    work.compress(
+        source, destination, method.value, text, options, device=device, dry_run=dry_run, command=_command(), say=_say
+    )
+
+
+def generate(
+    source: Annotated[str, SOURCE],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; `-` reads standard input.")],
+    decode: Annotated[DecodeName, typer.Option(help="How the next token is chosen.")] = DecodeName.greedy,
+    tokens: Annotated[int, typer.Option(help="Most new tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 0.8,
+    top_p: Annotated[float, typer.Option(help="Of sampling: smallest set of tokens with this probability.")] = 0.95,
+    contrast: Annotated[str, typer.Option(help="Weak routing of self-contrast: rank:2, top:1, random:1.")] = "rank:2",
+    alpha: Annotated[float, typer.Option(help="Self-contrast: plausibility mask.")] = 0.1,
+    beta: Annotated[float, typer.Option(help="Self-contrast: how far to push away.")] = 0.5,
+    chat: Annotated[bool, typer.Option("--chat", help="Wrap the prompt in the tokenizer's chat template.")] = False,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Continue a prompt.
+
+    Examples:
+
+        mixtura generate out/moe "def fibonacci(n):"
+
+        mixtura generate out/moe "12 + 3 * 4 =" --decode self-contrast --contrast rank:2 --beta 0.5
+
+        mixtura generate out/moe "Why is the sky blue?" --chat --decode sample --temperature 0.7
+    """
+    from mixtura.cli import work
+
+    options: dict[str, Any] = {"decode": decode.value, "max_new_tokens": tokens, "seed": seed, "chat": chat}
+    if decode is DecodeName.sample:
+        options |= {"temperature": temperature, "top_p": top_p}
+    if decode is DecodeName.self_contrast:
+        options |= {"contrast": contrast, "alpha": alpha, "beta": beta}
+    text = sys.stdin.read() if prompt == "-" else prompt
+    work.generate(source, text, options, device=device, dry_run=dry_run, say=_say)
+
+
+def inspect(
+    directory: Annotated[str, SOURCE],
+    text: Text = None,
+    report: Annotated[
+        Path, typer.Option(help="HTML file to write; a JSON file of the same name stands beside it.")
+    ] = Path("routing.html"),
+    samples: Annotated[int, typer.Option(help="Blocks a domain.")] = 16,
+    length: Annotated[int, typer.Option(help="Tokens a block.")] = 256,
+    device: Device = "cpu",
+    dry_run: DryRun = False,
+) -> None:
+    """Look inside: which experts fire on which domain and which tokens, load over layers, bits over experts.
+
+    Each `--text` is a domain of its own.
+
+    Examples:
+
+        mixtura inspect out/moe
+
+        mixtura inspect out/moe --text code/ --text letters/ --report routing.html
+    """
+    from mixtura.cli import work
+
+    work.inspect(directory, text, report, samples=samples, length=length, device=device, dry_run=dry_run, say=_say)
+
+
+def _command() -> str:
+    return shlex.join(["mixtura", *sys.argv[1:]])
+
+
+def _say(text: str) -> None:
+    Console(highlight=False).print(text, soft_wrap=True, markup=False)

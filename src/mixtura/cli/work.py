@@ -1,0 +1,331 @@
+"""What the commands do: check, say what it will take, work, save. Heavy imports happen here and nowhere else in ``cli``."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mixtura.core.measure import Meter
+from mixtura.data.texts import Corpus, corpus, read_texts, split
+from mixtura.lm import cost, loading
+
+__all__ = ["compress", "demo", "generate", "inspect", "train", "upcycle"]
+
+Say = Callable[[str], None]
+
+DOMAINS = ("code", "prose", "arithmetic")
+
+
+def upcycle(
+    sources: Sequence[str],
+    out: Path,
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
+    """Upcycle checkpoints into ``out``."""
+    from mixtura.lm import upcycle as run
+
+    _device(device)
+    _writable(out, sources)
+    dense = cost.model_size(loading.empty_model(loading.load_config(sources[0])))
+    copies = options.get("n_experts", len(sources))
+    # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
+    total = round(dense.total * (1 + 0.67 * (copies - 1)))
+    active = round(dense.total * (1 + 0.67 * (options["top_k"] - 1)))
+    say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(cost.Size(total, active), forward_tokens=0)}")
+    if dry_run:
+        return
+    pairs = [loading.load(source, device=device) for source in sources]
+    _same_vocabulary(sources, [tokenizer for _, tokenizer in pairs])
+    models = [model for model, _ in pairs]
+    tokenizer = pairs[0][1]
+    del pairs
+    with Meter() as meter:
+        model = run(models if len(models) > 1 else models.pop(), method=method, **options)
+        models.clear()
+    size = cost.model_size(model)
+    figures = {"parameters": size.total, "active a token": size.active, "seconds": round(meter.seconds, 1)}
+    card = {
+        "title": out.name,
+        "base": list(sources),
+        "recipe": f"Upcycled with mixtura by `{method}` ({_listed(options)}).",
+        "command": command,
+        "figures": figures,
+        "usage": _usage(model, out),
+    }
+    loading.save(model, tokenizer, out, card=card)
+    say(f"{out}: {type(model).__name__}, {size.total / 1e6:.1f} M parameters, {size.active / 1e6:.1f} M active a token")
+    say(_served(model))
+
+
+def train(
+    source: str,
+    out: Path,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
+    """Train a checkpoint into ``out``; an unfinished run's state stands in ``out.state`` beside it."""
+    import shutil
+
+    from mixtura.lm import train as run
+    from mixtura.lm.evaluate import perplexity
+    from mixtura.lm.tokens import blocks
+
+    _device(device)
+    domains = _domains(text)
+    tokens = options["steps"] * options["batch_size"] * options["length"]
+    size = cost.model_size(loading.empty_model(loading.load_config(source)))
+    say(f"train {source} on {tokens:,} tokens of {', '.join(domains)}: {cost.estimate(size, trained_tokens=tokens)}")
+    if dry_run:
+        return
+    model, tokenizer = loading.load(source, dtype=torch.float32, device=device)
+    held_out = {
+        n: blocks(tokenizer, c.held_out, options["length"], limit=8)
+        for n, c in domains.items()
+        if _enough(tokenizer, c, options["length"])
+    }
+    before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
+    state = out.with_name(f"{out.name}.state")
+    texts = {name: part.train for name, part in domains.items()}
+    history = run(model, tokenizer, texts, out=state, **options)
+    if history.resumed_at:
+        say(f"went on from step {history.resumed_at}")
+    after = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
+    figures: dict[str, Any] = {"loss at the end": history.losses[-1] if history.losses else float("nan")}
+    for name in held_out:
+        figures[f"held-out perplexity, {name}"] = f"{before[name]:.2f} -> {after[name]:.2f}"
+        say(f"{name}: held-out perplexity {before[name]:.2f} -> {after[name]:.2f}")
+    card = {
+        "title": out.name,
+        "base": [source],
+        "recipe": f"Trained with mixtura ({_listed(options)}).",
+        "data": f"{tokens:,} tokens of {', '.join(domains)}",
+        "command": command,
+        "figures": figures,
+        "usage": _usage(model, out),
+    }
+    loading.save(model.to(torch.bfloat16), tokenizer, out, card=card)
+    shutil.rmtree(state, ignore_errors=True)
+    say(f"{out} is written")
+
+
+def compress(
+    source: str,
+    out: Path,
+    method: str,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
+    """Compress a mixture of experts into ``out``."""
+    from mixtura.lm import compress as run
+    from mixtura.lm.anatomy import find_moe
+
+    _device(device)
+    _writable(out, [source])
+    config = loading.load_config(source)
+    empty = loading.empty_model(config)
+    if not find_moe(empty):
+        raise ValueError(
+            f"{source} is a dense model ({type(empty).__name__}) and {method} compresses experts; "
+            f"make a mixture of it first: mixtura upcycle {source} DST"
+        )
+    domains = _domains(text)
+    size = cost.model_size(empty)
+    tokens = 3 * options["samples"] * options["length"]
+    stored = options["bits"] + 32 / 128
+    say(
+        f"compress {source} to {options['bits']} bits an expert's weight: "
+        f"{cost.estimate(size, bytes_per_parameter=stored / 8, forward_tokens=tokens, extra_memory=2 * size.total)}"
+    )
+    if dry_run:
+        return
+    model, tokenizer = loading.load(source, device=device)
+    texts = {name: part.train for name, part in domains.items()}
+    with Meter() as meter:
+        small = run(model, tokenizer, texts, method=method, inplace=True, **options)
+    card = {
+        "title": out.name,
+        "base": [source],
+        "recipe": f"Compressed with mixtura by `{method}` ({_listed(options)}).",
+        "data": f"calibrated on {options['samples']} x {options['length']} tokens of {', '.join(domains)}",
+        "command": command,
+        "figures": {"parameters": size.total, "seconds": round(meter.seconds, 1)},
+        "usage": _usage(small, out),
+        "source": "Mixture Compressor for Mixture-of-Experts LLMs (arXiv 2410.06270)",
+    }
+    loading.save(small, tokenizer, out, card=card)
+    disk = loading.directory_bytes(out)
+    say(
+        f"{out}: {disk / 1e6:.1f} MB, {8 * disk / size.total:.2f} bits a weight over all {size.total / 1e6:.1f} M weights"
+    )
+
+
+def generate(source: str, prompt: str, options: Mapping[str, Any], *, device: str, dry_run: bool, say: Say) -> None:
+    """Continue a prompt."""
+    from mixtura.lm import generate as run
+
+    _device(device)
+    if dry_run:
+        size = cost.model_size(loading.empty_model(loading.load_config(source)))
+        say(f"generate with {source}: {cost.estimate(size, forward_tokens=options['max_new_tokens'])}")
+        return
+    model, tokenizer = loading.load(source, device=device)
+    say(run(model, tokenizer, prompt, **options))
+
+
+def inspect(
+    source: str,
+    text: Sequence[Path] | None,
+    report: Path,
+    *,
+    samples: int,
+    length: int,
+    device: str,
+    dry_run: bool,
+    say: Say,
+) -> None:
+    """Write the routing report of a checkpoint."""
+    from mixtura.lm import inspect as run
+
+    _device(device)
+    domains = _domains(text)
+    size = cost.model_size(loading.empty_model(loading.load_config(source)))
+    tokens = samples * length * len(domains)
+    say(f"inspect {source} on {tokens:,} tokens: {cost.estimate(size, forward_tokens=tokens)}")
+    if dry_run:
+        return
+    model, tokenizer = loading.load(source, device=device)
+    texts = {name: part.held_out + part.train for name, part in domains.items()}
+    found = run(model, tokenizer, texts, samples=samples, length=length)
+    found.to_html(report)
+    found.to_json(report.with_suffix(".json"))
+    say(f"{report} and {report.with_suffix('.json')} are written")
+
+
+def demo(
+    model: str | None,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    *,
+    out: Path,
+    device: str,
+    dry_run: bool,
+    say: Say,
+) -> Any:
+    """Run the main job; returns the table to print, or None after a dry run."""
+    from mixtura.data.models import smollm2
+    from mixtura.lm.life import LifeConfig, live
+    from mixtura.lm.report import life_table, stage_line, write_report
+
+    _device(device)
+    config = LifeConfig(**options)
+    domains = _domains(text)
+    source = model or str(smollm2())
+    dense = cost.model_size(loading.empty_model(loading.load_config(source)))
+    mixtures = cost.Size(round(dense.total * 3.4), round(dense.total * 1.9))
+    tokens = config.steps * config.batch_size * config.length
+    branch = cost.estimate(dense, trained_tokens=tokens * len(domains))
+    whole = cost.estimate(mixtures, trained_tokens=3 * tokens, forward_tokens=60_000, trained_share=0.5)
+    say(
+        f"the life of a mixture, from {source} over {', '.join(domains)}: up to "
+        f"{cost.Cost(mixtures, 5 * mixtures.total * 2, whole.memory, branch.seconds + whole.seconds + 120)}"
+    )
+    if dry_run:
+        return None
+    with Meter() as meter:
+        life = live(source, domains, out, config, device=device, on_stage=lambda stage: say(stage_line(stage)))
+    write_report(life, out, seconds=meter.seconds)
+    say(
+        f"\n{out / 'report.html'} shows it; {out / 'mixture'} loads with transformers, {out / 'compressed'} after import mixtura"
+    )
+    return life_table(life)
+
+
+def _domains(text: Sequence[Path] | None) -> dict[str, Corpus]:
+    """Corpora by name: each given path is a domain of its own; without any, what every machine has."""
+    if not text:
+        return {name: corpus(name, characters=1_200_000) for name in DOMAINS}
+    found: dict[str, Corpus] = {}
+    for path in text:
+        name = path.stem or path.name
+        if name in found:
+            name = str(path)
+        found[name] = split(name, read_texts([path]))
+    return found
+
+
+def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
+    """Whether the held-out part fills a block; a short text is trained on without being measured."""
+    ids = 0
+    for document in part.held_out:
+        ids += len(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]) + 1
+        if ids >= length:
+            return True
+    return False
+
+
+def _device(device: str) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda, cuda:0, mps or the like, got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, and this machine has no CUDA device; use --device cpu")
+
+
+def _writable(out: Path, sources: Sequence[str]) -> None:
+    for source in sources:
+        if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
+            raise ValueError(f"{out} is also the source; write to another directory")
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give a directory to write")
+
+
+def _same_vocabulary(sources: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    first = tokenizers[0].get_vocab()
+    for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
+        other = tokenizer.get_vocab()
+        if other != first:
+            token = min(set(first.items()) ^ set(other.items()), key=lambda pair: (pair[1], pair[0]))[0]
+            raise ValueError(
+                f"the tokenizers of {sources[0]} and {source} differ: {token!r} is {first.get(token)} in the first "
+                f"and {other.get(token)} in the second; copies of one model must share their tokenizer"
+            )
+
+
+def _usage(model: Any, out: Path) -> str:
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if type(model).__module__.startswith("mixtura") or getattr(model.config, "quantization_config", None):
+        lines.insert(0, "import mixtura  # registers the model's classes with transformers")
+    lines += [
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{out.name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{out.name}")',
+    ]
+    return "\n".join(lines)
+
+
+def _served(model: Any) -> str:
+    if type(model).__module__.startswith("mixtura"):
+        return "no transformers family has this structure: it loads after `import mixtura`, and vLLM cannot serve it"
+    return "it loads with transformers alone, and vLLM serves the family"
+
+
+def _listed(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in options.items())

@@ -1,0 +1,122 @@
+"""Checkpoints in and out: every load is checked first, every save is whole or not at all."""
+
+import logging
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors
+from mixtura.lm.card import model_card
+
+__all__ = ["CheckpointError", "directory_bytes", "empty_model", "load", "load_config", "load_tokenizer", "save"]
+
+log = logging.getLogger(__name__)
+
+
+class CheckpointError(ValueError):
+    """The path is no checkpoint that can be loaded; the message says what is missing and what would do."""
+
+
+def load_config(source: str | Path) -> Any:
+    """Configuration of a checkpoint: a directory, or the id of a model on the hub.
+
+    Raises:
+        CheckpointError: no directory and no id, a directory without ``config.json``, or code that would have to run.
+    """
+    path = Path(source)
+    if path.is_file():
+        raise CheckpointError(
+            f"{source} is a file; give the directory that holds config.json and the safetensors files"
+        )
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise CheckpointError(f"{source} is no checkpoint: it holds no config.json")
+        if "auto_map" in read_json(path / "config.json"):
+            log.warning(
+                "%s names code of its own in auto_map; mixtura never runs it and uses transformers' classes", source
+            )
+        try:
+            verify_safetensors(path)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+        if not list(path.glob("*.safetensors")):
+            raise CheckpointError(
+                f"{source} holds no safetensors file; pickled weights (.bin, .pt) are not opened, "
+                "since a pickle can run code. Convert them once with a tool that you trust"
+            )
+    elif len(path.parts) != 2 or str(source).startswith((".", "/", "~")):
+        raise CheckpointError(f"{source} does not exist, and is no hub id of the form owner/name")
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source} cannot be opened: {str(error).splitlines()[0]}") from error
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Tokenizer of a checkpoint; its padding token is the end token where it has none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{source} has no tokenizer that loads: {str(error).splitlines()[0]}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load(
+    source: str | Path, *, dtype: torch.dtype | str = "auto", device: str | torch.device = "cpu"
+) -> tuple[Any, Any]:
+    """Model and tokenizer of a checkpoint.
+
+    Args:
+        source: directory or hub id.
+        dtype: type of the weights in memory; ``"auto"`` keeps the checkpoint's.
+        device: where the model goes.
+    Raises:
+        CheckpointError: what is wrong with the checkpoint; a damaged or foreign file is named.
+    """
+    load_config(source)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise CheckpointError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    return model.to(device), load_tokenizer(source)
+
+
+def empty_model(config: Any) -> Any:
+    """The model of a configuration without its weights (on the meta device), for counting."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any]) -> Path:
+    """Write model, tokenizer and model card; ``path`` changes only when all of it is on the disk.
+
+    Args:
+        model, tokenizer: what to write.
+        path: directory to create or replace.
+        card: fields of :func:`mixtura.lm.card.model_card`.
+    """
+    path = Path(path)
+    with atomic_directory(path) as beside:
+        # Small shards: saving then copies no more than a twentieth of the model at a time.
+        model.save_pretrained(beside, max_shard_size=shard_size(model))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+        (beside / "README.md").write_text(model_card(**card), encoding="utf-8")
+    return path
+
+
+def shard_size(model: Any) -> int:
+    """Largest bytes a shard: a twentieth of the model, at least 100 MB and at least its largest tensor."""
+    sizes = [t.numel() * t.element_size() for t in model.state_dict().values()] or [0]
+    return max(100_000_000, max(sizes), math.ceil(sum(sizes) / 20))
+
+
+def directory_bytes(path: str | Path) -> int:
+    """Bytes of the weights below a checkpoint directory."""
+    return sum(file.stat().st_size for file in Path(path).glob("*.safetensors"))

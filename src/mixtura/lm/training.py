@@ -1,0 +1,162 @@
+"""Training a language model of experts: next-token loss, and the losses that keep its gates honest.
+
+Shapes: B rows, L positions, T = B·L tokens, E experts, K chosen.
+"""
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mixtura.core.balance import load_balance_loss, router_z_loss
+from mixtura.core.measure import matmul_rate
+from mixtura.core.training import History, TrainConfig, fit
+from mixtura.lm.anatomy import find_moe, recorded_routing
+from mixtura.lm.tokens import blocks, mixed_batch_at
+
+__all__ = ["Trainable", "fast_bfloat16", "language_loss", "select_trainable", "train"]
+
+Trainable = Literal["all", "experts", "router"]
+TRAINABLE: tuple[Trainable, ...] = ("all", "experts", "router")
+
+
+def train(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    steps: int,
+    batch_size: int = 4,
+    length: int = 256,
+    lr: float = 2e-4,
+    shares: Mapping[str, float] | None = None,
+    trainable: Trainable = "all",
+    layers: Sequence[int] | None = None,
+    balance: float = 0.01,
+    z: float = 0.001,
+    weight_decay: float = 0.1,
+    checkpoint_every: int = 0,
+    out: Path | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    label: str = "train",
+) -> History:
+    """Train a causal language model on text, in place; its gates are balanced where it has any.
+
+    Args:
+        model: a dense model or a mixture of experts, in float32 (smaller types lose small updates).
+        tokenizer: its tokenizer.
+        texts: documents, or domain -> documents.
+        steps, batch_size, length: optimizer steps, rows a step and tokens a row.
+        lr: peak learning rate (warm-up over a tenth of the steps, then cosine to a tenth).
+        shares: domain -> share of the rows; equal by default.
+        trainable: ``"all"``, ``"experts"`` (experts and gates) or ``"router"`` (gates alone).
+        layers: train experts of these layers only; gates train in every layer.
+        balance, z: weights of the load-balance and the router z-loss, averaged over layers.
+        weight_decay: of AdamW.
+        checkpoint_every, out, resume: see :func:`mixtura.core.training.fit`.
+        seed: order of the rows.
+        label: name on the progress bar.
+    Returns:
+        The losses, one a step.
+    Raises:
+        TypeError: the weights are not float32.
+        ValueError: too little text, unknown shares, or nothing to train.
+        NonFiniteLoss: the loss became NaN; the weights are those before the step.
+    """
+    if wrong := sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}):
+        raise TypeError(
+            f"model must be in float32 to be trained, got {', '.join(wrong)}; load it with dtype=torch.float32"
+        )
+    domains = texts if isinstance(texts, Mapping) else {"text": texts}
+    limit = max(64, 4 * steps * batch_size)
+    sources = {name: blocks(tokenizer, part, length, limit=limit) for name, part in domains.items()}
+    shares = dict.fromkeys(sources, 1.0) if shares is None else shares
+    device = next(model.parameters()).device
+    moe = find_moe(model)
+    config = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, checkpoint_every=checkpoint_every, seed=seed)
+    quick = device.type == "cuda" or fast_bfloat16()
+
+    def loss_at(step: int) -> Tensor:
+        ids = mixed_batch_at(sources, shares, step, batch_size, seed=seed).to(device)
+        mixed = torch.autocast(device.type, torch.bfloat16) if quick else contextlib.nullcontext()
+        with mixed:
+            return language_loss(model, ids, balance=balance if moe else 0.0, z=z if moe else 0.0)
+
+    facts = {name: [len(rows), int(rows.sum() % 2**31)] for name, rows in sources.items()} | {"batch_size": batch_size}
+    with select_trainable(model, trainable, layers=layers):
+        return fit(model, loss_at, config, out=out, resume=resume, label=label, describe=facts)
+
+
+def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0.0) -> Tensor:
+    """Next-token loss in nats a token, plus the balancing losses of every mixture layer, averaged over layers.
+
+    Args:
+        model: a causal language model.
+        ids: token ids, shape (B, L).
+        balance: weight of the load-balance loss (Switch Transformers, 2101.03961, eq. 4).
+        z: weight of the router z-loss (ST-MoE, 2202.08906, eq. 5).
+    """
+    if balance == 0 and z == 0:
+        return _next_token(model, ids)
+    with recorded_routing(model) as routings:
+        loss = _next_token(model, ids)
+    for routing in routings.values():
+        probs = routing.logits.float().softmax(-1)
+        if balance:
+            loss = loss + balance / len(routings) * load_balance_loss(probs, routing.indices)
+        if z:
+            loss = loss + z / len(routings) * router_z_loss(routing.logits.float())
+    return loss
+
+
+def _next_token(model: Any, ids: Tensor) -> Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+@contextlib.contextmanager
+def select_trainable(model: nn.Module, trainable: Trainable, *, layers: Sequence[int] | None = None) -> Any:
+    """Let only a part of the model learn, inside the block; every flag is put back afterwards.
+
+    Args:
+        model: any model; ``"experts"`` and ``"router"`` need mixture layers.
+        trainable: see :func:`train`.
+        layers: indices of the mixture layers, in order of depth, whose experts learn; gates learn in all of them.
+    Raises:
+        ValueError: an unknown name, a layer that does not exist, or a dense model asked for its experts.
+    """
+    if trainable not in TRAINABLE:
+        raise ValueError(f"trainable must be one of {list(TRAINABLE)}, got {trainable!r}")
+    if trainable == "all" and layers is None:
+        yield
+        return
+    moe = find_moe(model)
+    if not moe:
+        raise ValueError(f"trainable={trainable!r} needs mixture layers, and {type(model).__name__} has none")
+    if layers is not None and (bad := [i for i in layers if not 0 <= i < len(moe)]):
+        raise ValueError(f"layers must lie in 0..{len(moe) - 1}, got {bad}")
+    learning = {id(p) for block in moe for p in block.gate.parameters()}
+    if trainable != "router":
+        for i, block in enumerate(moe):
+            if layers is None or i in layers:
+                learning |= {id(p) for part in block.parts for p in part.parameters()}
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    try:
+        for p in model.parameters():
+            p.requires_grad_(id(p) in learning)
+        yield
+    finally:
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags[name])
+
+
+def fast_bfloat16() -> bool:
+    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones (measured, a tenth of a second)."""
+    return matmul_rate(torch.bfloat16, size=512, seconds=0.05) > 1.3 * matmul_rate(
+        torch.float32, size=512, seconds=0.05
+    )
