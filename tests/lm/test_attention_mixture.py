@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from mixtura.lm.model import Attention, AttentionMixture, MixturaConfig
-from mixtura.lm.model.attention import FEW_TOKENS, MixturaRotaryEmbedding
 from transformers import DynamicCache, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
+
+from mixtura.lm.model import Attention, AttentionMixture, MixturaConfig
+from mixtura.lm.model.attention import FEW_TOKENS, MixturaRotaryEmbedding
 
 SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 KINDS = {

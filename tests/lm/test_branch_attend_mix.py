@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
+
 from mixtura.core.training import TrainConfig
 from mixtura.lm.model import MixturaForCausalLM
 from mixtura.lm.upcycle import BranchAttendConfig, average, branch, mix, to_standard, vocabularies_agree
@@ -215,7 +216,7 @@ def test_to_standard_writes_a_native_family_with_the_same_logits(name, config, f
 
 
 def test_attention_experts_have_no_standard_form():
-    with pytest.raises(ValueError, match="MixtralForCausalLM|mixtral cannot express attention experts"):
+    with pytest.raises(ValueError, match="mixtral cannot express attention experts"):
         to_standard(mix(branches()))
     with pytest.raises(TypeError, match="must be a MixturaForCausalLM, got LlamaForCausalLM"):
         to_standard(seed_model())

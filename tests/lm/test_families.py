@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
+
 from mixtura.lm.families import (
     FAMILIES,
     NATIVE,

@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
 from mixtura.core.balance import load_balance_loss, router_z_loss
 from mixtura.lm.families import parameter_shapes
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 from mixtura.lm.model.decoder import routing_loss
-from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 SHAPE = {
     "vocab_size": 61,

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
+
 from mixtura.lm.model import MixturaForCausalLM
 from mixtura.lm.upcycle import CopyConfig, upcycle
 

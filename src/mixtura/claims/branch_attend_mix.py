@@ -10,7 +10,7 @@ rates, chosen on one half of the held-out text and measured on the other.
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -272,9 +272,9 @@ CLAIM = Claim(
         "perplexity than averaging them (BTX), with the same data for both."
     ),
     paper=(
-        "Table 1 (590M seed), average perplexity over four domains: BTX 10.72, BAM with expert keys and values 9.70 with the same "
-        "data and 10.00 with the same compute, shared keys and values 10.32 and 10.46. Table 6: soft attention routing 10.47, "
-        "top-1 10.81."
+        "Table 1 (590M seed), average perplexity over four domains: BTX 10.72, BAM with expert keys and values 9.70 with the "
+        "same data and 10.00 with the same compute, shared keys and values 10.32 and 10.46. Table 6: soft attention routing "
+        "10.47, top-1 10.81."
     ),
     metric="Geometric mean of the held-out perplexities of the general corpus and the three domains; lower is better.",
     baseline=(

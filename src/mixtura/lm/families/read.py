@@ -5,6 +5,8 @@ layer by layer without being held twice.
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,7 +150,8 @@ def _stored(folder: Path) -> tuple[Source, torch.dtype]:
         if name not in files:
             raise KeyError(name)
         with _opened(folder / files[name]) as file:
-            return file.get_tensor(name).clone()
+            tensor: Tensor = file.get_tensor(name)
+            return tensor.clone()
 
     first = next(iter(files))
     return _checked(source, folder), source(first).dtype
@@ -170,18 +173,11 @@ def _checked(source: Source, folder: Path) -> Source:
     return tensor
 
 
-class _opened:
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     """``safe_open`` whose failure names the file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> Any:
-        try:
-            self.file = safe_open(self.path, framework="pt")
-            return self.file.__enter__()
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is corrupt or cut short ({error}); copy or download it again") from error
-
-    def __exit__(self, *exc: Any) -> None:
-        self.file.__exit__(*exc)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is corrupt or cut short ({error}); copy or download it again") from error

@@ -41,7 +41,8 @@ class MixturaRotaryEmbedding(nn.Module):
         self.rope_type = config.rope_parameters["rope_type"]
         scaled = self.rope_type != "default"
         init = ROPE_INIT_FUNCTIONS[self.rope_type] if scaled else self.compute_default_rope_parameters
-        inv_freq, self.attention_scaling = init(config)
+        inv_freq, scaling = init(config)
+        self.attention_scaling: float = scaling
         self.inv_freq = nn.Buffer(inv_freq, persistent=False)
         self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
@@ -122,7 +123,9 @@ class _AttentionCore(nn.Module):
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        engine: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        engine: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
         return engine(
             self,
             query,
@@ -180,6 +183,11 @@ class AttentionMixture(_AttentionCore):
 
     After a forward pass :attr:`routing` holds that pass's gates, cut off from the graph.
     """
+
+    q_proj_bias: nn.Parameter | None
+    k_proj_bias: nn.Parameter | None
+    v_proj_bias: nn.Parameter | None
+    o_proj_bias: nn.Parameter | None
 
     def __init__(self, config: MixturaConfig, layer_idx: int):
         super().__init__(config, layer_idx)

@@ -3,7 +3,7 @@
 Every dense family that :mod:`mixtura.lm.families` reads is one setting of these fields, and so is every mixture made of it.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -26,6 +26,7 @@ class MixturaConfig(PreTrainedConfig):
     Beside the fields that every decoder in transformers has:
 
     Attributes:
+        num_key_value_heads, head_dim: 0 for as many as queries, and for hidden_size / num_attention_heads.
         norm: ``rms`` (x / rms * w), ``rms_plus_one`` (x / rms * (1 + w), Gemma) or ``layer`` (mean taken off as well).
         norm_weight, norm_bias: whether the norms have a weight and a bias (OLMo-1 has neither).
         norm_placement: ``before`` normalises what a part reads, ``after`` what it writes (OLMo2).
@@ -40,7 +41,7 @@ class MixturaConfig(PreTrainedConfig):
         sliding_window: positions a query sees, itself included; the same in every layer. ``None``: all.
         num_experts: feed-forward experts a layer; 0 is a dense model.
         num_experts_per_tok, norm_topk_prob: experts a token visits, and whether their gates are made to sum to 1.
-        moe_intermediate_size: hidden units an expert; ``intermediate_size`` where not given.
+        moe_intermediate_size: hidden units an expert; 0 for ``intermediate_size``.
         shared_expert_intermediate_size: hidden units of a feed-forward part that every token visits; 0 for none.
         dense_layers: layers that keep a dense feed-forward part.
         attention: ``full``, or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
@@ -57,15 +58,15 @@ class MixturaConfig(PreTrainedConfig):
     intermediate_size: int = 1408
     num_hidden_layers: int = 8
     num_attention_heads: int = 8
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: int = 0
+    head_dim: int = 0
     hidden_act: str = "silu"
     max_position_embeddings: int = 4096
     initializer_range: float = 0.02
     norm_eps: float = 1e-6
     use_cache: bool = True
     tie_word_embeddings: bool = False
-    rope_parameters: dict[str, Any] | None = None
+    rope_parameters: Any = None
     sliding_window: int | None = None
     attention_dropout: float = 0.0
     pad_token_id: int | None = None
@@ -91,7 +92,7 @@ class MixturaConfig(PreTrainedConfig):
     num_experts: int = 0
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
-    moe_intermediate_size: int | None = None
+    moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     dense_layers: list[int] | None = None
     attention: str = "full"
@@ -103,12 +104,9 @@ class MixturaConfig(PreTrainedConfig):
     router_z_loss_coef: float = 0.001
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if self.num_key_value_heads is None:
-            self.num_key_value_heads = self.num_attention_heads
-        if self.head_dim is None:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.moe_intermediate_size is None:
-            self.moe_intermediate_size = self.intermediate_size
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.no_rope_layers = list(self.no_rope_layers or [])
         self.dense_layers = list(self.dense_layers or [])
         _check(self)
@@ -124,7 +122,7 @@ def _check(config: MixturaConfig) -> None:
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be one of {list(known)}, got {getattr(config, name)!r}")
     heads, kv = config.num_attention_heads, config.num_key_value_heads
-    if kv is None or heads % kv:
+    if heads % kv:
         raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv}")
     if config.num_experts < 0:
         raise ValueError(f"num_experts must be >= 0, got {config.num_experts}")
@@ -141,6 +139,3 @@ def _check(config: MixturaConfig) -> None:
         raise ValueError("attention_routing='top2' needs attention_experts >= 2, got 1")
     if config.block != "sequential" and config.norm_placement != "before":
         raise ValueError(f"block={config.block!r} is defined for norm_placement='before' only")
-
-
-Norm = Literal["rms", "rms_plus_one", "layer"]

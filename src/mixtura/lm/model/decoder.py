@@ -3,14 +3,14 @@
 Shapes: B batch, L positions, T = B L tokens, D width, E experts, V vocabulary.
 
 It runs on transformers' own machinery: attention engines, masks, caches, ``generate``, gradient checkpointing, loading and
-saving. Importing this module registers ``model_type="mixtura"`` with the Auto classes.
+saving. ``import mixtura`` registers ``model_type="mixtura"`` with the Auto classes.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers import DynamicCache, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -230,7 +230,3 @@ def routing_loss(router_logits: tuple[Tensor, ...], config: MixturaConfig, atten
         balance = config.router_aux_loss_coef * load_balance_loss(probs_TE, indices_TK)
         total = total + balance + config.router_z_loss_coef * router_z_loss(logits_TE)
     return total
-
-
-AutoConfig.register("mixtura", MixturaConfig, exist_ok=True)
-AutoModelForCausalLM.register(MixturaConfig, MixturaForCausalLM, exist_ok=True)

@@ -102,7 +102,6 @@ class Experts(nn.Module):
     def __init__(self, config: MixturaConfig):
         super().__init__()
         E, H, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
-        assert H is not None
         self.num_experts, self.hidden_dim, self.intermediate_dim = E, D, H
         self.act_fn = ACT2FN[config.hidden_act]
         rows, up = (2 * H, "gate_up_proj") if self.gated else (H, "up_proj")

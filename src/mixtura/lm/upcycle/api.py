@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
@@ -15,7 +15,7 @@ from mixtura.lm.upcycle.copies import CopyConfig, copies
 __all__ = ["METHODS", "upcycle"]
 
 METHODS = ("copy", "fine-grained", "branch-attend-mix", "branch-train-mix")
-Model = PreTrainedModel | str | Path
+Model: TypeAlias = PreTrainedModel | str | Path
 
 
 def upcycle(
@@ -68,8 +68,10 @@ def upcycle(
     if method == "fine-grained":
         options = {"segments": 4, **options}
     _check_options(CopyConfig, options, method)
-    numbers = {"n_experts": 8 if n_experts is None else n_experts, "top_k": 2 if top_k is None else top_k}
-    return copies(model_or_models, CopyConfig(**numbers, seed=seed, **options))
+    config = CopyConfig(
+        n_experts=8 if n_experts is None else n_experts, top_k=2 if top_k is None else top_k, seed=seed, **options
+    )
+    return copies(model_or_models, config)
 
 
 def _mixed(

@@ -15,7 +15,7 @@ Source: BAM! Just Like That (2408.08274), sec. 3; without its attention experts 
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from mixtura.core.training import TrainConfig, fit
 from mixtura.lm.families import Dense, build, read_dense
+from mixtura.lm.families.dense import Source
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 from mixtura.lm.tokens import mixed_batch_at
 from mixtura.lm.upcycle.stack import averaged, drawn, feed_forward, is_expert, stacked
@@ -137,7 +138,7 @@ def branch(
 
 def mix(
     models: Mapping[str, PreTrainedModel | str | Path],
-    config: BranchAttendConfig = BranchAttendConfig(),  # noqa: B008 (frozen)
+    config: BranchAttendConfig = BranchAttendConfig(),
     *,
     generator: torch.Generator | None = None,
 ) -> MixturaForCausalLM:
@@ -148,7 +149,8 @@ def mix(
         config: kind of mixture.
         generator: draws both routers; None draws from seed 0.
     Returns:
-        A ``MixturaForCausalLM`` with N experts in the order of ``models``, in evaluation mode; ``config.expert_names`` names them.
+        A ``MixturaForCausalLM`` with N experts in the order of ``models``, which ``config.expert_names`` keeps; in
+        evaluation mode.
     Raises:
         ValueError: fewer than two models, more experts a token than models, or models that differ: the first differing field
             and both values are named.
@@ -199,7 +201,7 @@ def vocabularies_agree(vocabularies: Mapping[str, Mapping[str, int]]) -> None:
 class _Rules:
     """Parameter of the mixture by name; notes which models have been identical so far."""
 
-    def __init__(self, sources: list, config: MixturaConfig, std: float, seed: int, dtype: torch.dtype):
+    def __init__(self, sources: Sequence[Source], config: MixturaConfig, std: float, seed: int, dtype: torch.dtype):
         self.sources, self.config, self.std, self.seed, self.dtype = sources, config, std, seed, dtype
         self.clones = set(combinations(range(len(sources)), 2))
 

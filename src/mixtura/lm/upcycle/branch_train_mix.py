@@ -34,7 +34,7 @@ def branch_train_mix(
     router_std: float = 0.02,
     generator: torch.Generator | None = None,
 ) -> MixturaForCausalLM:
-    """Mixture of the models' feed-forward parts, with averaged attention; see :func:`~mixtura.lm.upcycle.branch_attend_mix.mix`."""
+    """Mixture of the models' feed-forward parts, with averaged attention; see :func:`mixtura.lm.upcycle.mix`."""
     config = BranchAttendConfig(
         attention="average", ffn_top_k=ffn_top_k, renormalise=renormalise, balance=balance, z=z, router_std=router_std
     )

@@ -45,7 +45,7 @@ def is_expert(name: str) -> bool:
     return EXPERT.match(name) is not None
 
 
-def feed_forward(name: str, sources: Sequence[Source], slices: Slices = Slices()) -> Tensor:  # noqa: B008 (frozen)
+def feed_forward(name: str, sources: Sequence[Source], slices: Slices = Slices()) -> Tensor:
     """Stacked parameter of the routed experts, one dense feed-forward part after another.
 
     A gate that is spread over the ``routed`` pieces of one part gives each piece only its share, so what the pieces write is
@@ -92,9 +92,9 @@ def shared_feed_forward(name: str, source: Source, slices: Slices) -> Tensor:
     return (tensor[:, :units] if part == "down_proj" else tensor[:units]).clone()
 
 
-def stacked(names: str, sources: Sequence[Source]) -> Tensor:
+def stacked(name: str, sources: Sequence[Source]) -> Tensor:
     """The same parameter of every model, stacked along a new first dimension."""
-    return torch.stack([source(names) for source in sources])
+    return torch.stack([source(name) for source in sources])
 
 
 def averaged(name: str, sources: Sequence[Source]) -> Tensor:
