@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import transformers as hf
+from safetensors.torch import load_file
 
 from mixtura.lm.families import (
     FAMILIES,
@@ -18,6 +19,7 @@ from mixtura.lm.families import (
     read_dense,
     why_not,
 )
+from mixtura.lm.families.save import save_checkpoint
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 from mixtura.lm.upcycle import to_standard, upcycle
 
@@ -226,6 +228,23 @@ def test_quantized_weights_are_refused(tmp_path):
     model.config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(ValueError, match="LlamaForCausalLM is quantized"):
         upcycle(model)
+
+
+@pytest.mark.parametrize("shard_bytes", [20_000, 10**9])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi", "olmo2"])
+def test_writing_shard_by_shard_writes_what_save_pretrained_writes(name, shard_bytes, tmp_path):
+    model = upcycle(dense_model(name), n_experts=3)
+    model.save_pretrained(tmp_path / "theirs")
+    save_checkpoint(model, tmp_path / "ours", shard_bytes=shard_bytes)
+    tensors = [
+        {k: v for file in (tmp_path / who).glob("*.safetensors") for k, v in load_file(file).items()}
+        for who in ("theirs", "ours")
+    ]
+    assert set(tensors[0]) == set(tensors[1])
+    assert all(torch.equal(tensors[0][k], tensors[1][k]) for k in tensors[0])
+    assert (tmp_path / "theirs/config.json").read_text() == (tmp_path / "ours/config.json").read_text()
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_a_path_without_a_checkpoint_is_named(tmp_path):

@@ -193,7 +193,7 @@ def _cohere_tensor(name: str, source: Source, config: Any) -> Tensor:
         return tensor
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     order = torch.cat((torch.arange(0, head, 2), torch.arange(1, head, 2)))
-    return tensor.unflatten(0, (-1, head))[:, order].flatten(0, 1)
+    return tensor.view(-1, head, *tensor.shape[1:])[:, order].flatten(0, 1)
 
 
 def _gpt_neox_tensor(name: str, source: Source, config: Any) -> Tensor:
@@ -202,7 +202,7 @@ def _gpt_neox_tensor(name: str, source: Source, config: Any) -> Tensor:
     for which, part in enumerate(("q_proj", "k_proj", "v_proj")):
         if f".{part}." in name:
             fused = source(_neox_name(name.replace(part, "query_key_value")))
-            return fused.unflatten(0, (-1, 3, head))[:, which].flatten(0, 1)
+            return fused.view(-1, 3, head, *fused.shape[1:])[:, which].flatten(0, 1)
     return source(_neox_name(name))
 
 

@@ -135,7 +135,7 @@ def _folder(model: str | Path) -> Path:
 
 
 def _stored(folder: Path) -> tuple[Source, torch.dtype]:
-    """Tensors of a checkpoint, each read by opening its file: a mapping kept open would count as memory in use."""
+    """Tensors of a checkpoint. Each maps its file anew and lets go of it when dropped: pages read count as memory in use."""
     if (folder / INDEX).exists():
         files: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
     elif (folder / SINGLE).exists():
@@ -151,7 +151,7 @@ def _stored(folder: Path) -> tuple[Source, torch.dtype]:
             raise KeyError(name)
         with _opened(folder / files[name]) as file:
             tensor: Tensor = file.get_tensor(name)
-            return tensor.clone()
+            return tensor
 
     first = next(iter(files))
     return _checked(source, folder), source(first).dtype

@@ -62,17 +62,18 @@ def feed_forward(name: str, sources: Sequence[Source], slices: Slices = Slices()
     match = EXPERT.match(name)
     assert match is not None, name
     prefix, part, bias = match.group(1), match.group(2), match.group(3)
-    kind = "bias" if bias else "weight"
-    read: dict[int, Tensor] = {}
+    kind, n = "bias" if bias else "weight", slices.routed
     out: Tensor | None = None
+    written: dict[int, slice] = {}
     for i, source in enumerate(sources):
-        if id(source) not in read:
-            read.clear()  # copies of one model come in a row; holding more than one at a time would cost memory
-            read[id(source)] = _pieces(prefix, part, kind, source, slices)
-        pieces = read[id(source)]
+        rows = slice(i * n, (i + 1) * n)
         if out is None:
-            out = pieces.new_empty(len(sources) * len(pieces), *pieces.shape[1:])
-        out[i * len(pieces) : (i + 1) * len(pieces)] = pieces
+            out = _empty(prefix, part, kind, source, slices, n * len(sources))
+        if id(source) in written:
+            out[rows] = out[written[id(source)]]
+        else:
+            _write(out[rows], prefix, part, kind, source, slices)
+            written[id(source)] = rows
     assert out is not None
     return out
 
@@ -94,7 +95,11 @@ def shared_feed_forward(name: str, source: Source, slices: Slices) -> Tensor:
 
 def stacked(name: str, sources: Sequence[Source]) -> Tensor:
     """The same parameter of every model, stacked along a new first dimension."""
-    return torch.stack([source(name) for source in sources])
+    first = sources[0](name)
+    out = first.new_empty(len(sources), *first.shape)
+    for i, source in enumerate(sources):
+        out[i] = source(name)
+    return out
 
 
 def averaged(name: str, sources: Sequence[Source]) -> Tensor:
@@ -112,13 +117,26 @@ def drawn(name: str, shape: Sequence[int], *, std: float, seed: int, dtype: torc
     return (torch.randn(*shape, generator=generator) * std).to(dtype)
 
 
-def _pieces(prefix: str, part: str, kind: str, source: Source, slices: Slices) -> Tensor:
-    """One model's routed pieces, (routed, ..)."""
+def _empty(prefix: str, part: str, kind: str, source: Source, slices: Slices, n_experts: int) -> Tensor:
+    down = source(f"{prefix}down_proj.weight")
+    width, hidden = down.shape[0], down.shape[1] // slices.segments
+    rows = {"gate_up_proj": 2 * hidden, "up_proj": hidden, "down_proj": width}[part]
+    columns = {"bias": (), "weight": (hidden,) if part == "down_proj" else (width,)}[kind]
+    return down.new_empty(n_experts, rows, *columns)
+
+
+def _write(out: Tensor, prefix: str, part: str, kind: str, source: Source, slices: Slices) -> None:
+    """One model's routed pieces into their place (routed, ..), with no copy beside it."""
     m, skip = slices.segments, slices.shared
-    if part == "down_proj" and kind == "bias":
-        return source(f"{prefix}down_proj.bias").expand(slices.routed, -1)
     if part == "down_proj":
-        weight_mDH = source(f"{prefix}down_proj.weight").unflatten(1, (m, -1)).transpose(0, 1)[skip:]
-        return weight_mDH * float(slices.routed) if slices.routed > 1 else weight_mDH
+        value = source(f"{prefix}down_proj.{kind}")
+        if kind == "bias":
+            out.copy_(value)
+        else:
+            out.copy_(value.view(len(value), m, -1).transpose(0, 1)[skip:])
+            out.mul_(float(slices.routed))
+        return
     halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("up_proj",)
-    return torch.cat([source(f"{prefix}{half}.{kind}").unflatten(0, (m, -1))[skip:] for half in halves], dim=1)
+    for place, half in zip(out.chunk(len(halves), dim=1), halves, strict=True):
+        value = source(f"{prefix}{half}.{kind}")
+        place.copy_(value.view(m, -1, *value.shape[1:])[skip:])
