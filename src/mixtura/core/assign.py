@@ -68,7 +68,8 @@ def allocate_bits(
     )
     if found.x is None:
         raise Infeasible(_words(n, budget, low, high, minimum))
-    return widths[np.asarray(found.x).reshape(n, m).argmax(1)]
+    chosen: NDArray[np.int64] = widths[np.asarray(found.x).reshape(n, m).argmax(1)]
+    return chosen
 
 
 def feasible_range(n: int, bits: Sequence[int], *, at_least: Mapping[int, int] | None = None) -> tuple[int, int]:

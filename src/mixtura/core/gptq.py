@@ -99,4 +99,5 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         diagonal += 10 * damping * diagonal.mean() + 1e-12
     else:
         raise NonFiniteHessian("the Hessian is not positive definite even with strong damping")
-    return torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    spread: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
+    return spread

@@ -44,7 +44,7 @@ class Quantized:
 
     def dequantize(self) -> Tensor:
         """The values, float32, shape (O, I)."""
-        grouped = self.codes.unflatten(-1, (-1, self.group_size)).float()
+        grouped = _grouped(self.codes, self.group_size).float()
         return _values(grouped, self.scale[..., None], _zero(self.zero), self.bits).flatten(-2)
 
 
@@ -74,7 +74,7 @@ def nearest(
         tensor([[0., 1., 2., 3.]])
     """
     check(weight, bits, group_size)
-    grouped = weight.float().unflatten(-1, (-1, group_size))
+    grouped = _grouped(weight.float(), group_size)
     if not clip or bits == 1:
         scale, zero = group_parameters(grouped, bits, symmetric=symmetric)
     else:
@@ -137,6 +137,10 @@ def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
     if bits == 1:
         return (2 * codes - 1) * scale
     return (codes - (2 ** (bits - 1) if zero is None else zero.float())) * scale
+
+
+def _grouped(rows: Tensor, group_size: int) -> Tensor:
+    return rows.reshape(*rows.shape[:-1], -1, group_size)
 
 
 def _zero(zero: Tensor | None) -> Tensor | None:
