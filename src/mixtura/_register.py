@@ -25,7 +25,7 @@ def _config(auto: ModuleType) -> None:
 
 def _model(auto: ModuleType) -> None:
     from mixtura.lm.model.config import MixturaConfig
-    from mixtura.lm.model.decoder import MixturaForCausalLM
+    from mixtura.lm.model.late import MixturaForCausalLM
 
     auto.AutoModelForCausalLM.register(MixturaConfig, MixturaForCausalLM, exist_ok=True)
 

@@ -1,0 +1,141 @@
+"""What a decoder is made of: one flat config, as transformers keeps it, checked once.
+
+Every dense family that :mod:`mixtura.lm.families` reads is one setting of these fields, and so is every mixture made of it.
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+__all__ = ["MixturaConfig"]
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "norm": ("rms", "rms_plus_one", "layer"),
+    "norm_placement": ("before", "after"),
+    "qk_norm": ("none", "head", "full"),
+    "block": ("sequential", "parallel", "parallel_two_norms"),
+    "attention": ("full", "mixture"),
+    "attention_kv": ("expert", "shared"),
+    "attention_routing": ("soft", "top1", "top2"),
+}
+
+
+class MixturaConfig(PreTrainedConfig):
+    """Shape and parts of a :class:`~mixtura.lm.model.MixturaForCausalLM`.
+
+    Beside the fields that every decoder in transformers has:
+
+    Attributes:
+        num_key_value_heads, head_dim: 0 for as many as queries, and for hidden_size / num_attention_heads.
+        norm: ``rms`` (x / rms * w), ``rms_plus_one`` (x / rms * (1 + w), Gemma) or ``layer`` (mean taken off as well).
+        norm_weight, norm_bias: whether the norms have a weight and a bias (OLMo-1 has neither).
+        norm_placement: ``before`` normalises what a part reads, ``after`` what it writes (OLMo2).
+        qk_norm: norm of queries and keys: none, over each ``head`` (Qwen3) or over the ``full`` width (OLMo2).
+        block: ``sequential``; ``parallel``: attention and feed-forward read the same normed input; or
+            ``parallel_two_norms``: the same input, each through a norm of its own (GPT-NeoX).
+        mlp_gated: down(act(gate x) * up x) if true, else down(act(up x)).
+        qkv_bias, o_bias, mlp_bias, lm_head_bias: which projections have a bias.
+        embed_scale, logit_scale: constant factors on the embedding and on the logits.
+        clip_qkv: queries, keys and values are clamped to [-clip_qkv, clip_qkv].
+        no_rope_layers: layers that do not rotate queries and keys.
+        sliding_window: positions a query sees, itself included; the same in every layer. ``None``: all.
+        num_experts: feed-forward experts a layer; 0 is a dense model.
+        num_experts_per_tok, norm_topk_prob: experts a token visits, and whether their gates are made to sum to 1.
+        moe_intermediate_size: hidden units an expert; 0 for ``intermediate_size``.
+        shared_expert_intermediate_size: hidden units of a feed-forward part that every token visits; 0 for none.
+        dense_layers: layers that keep a dense feed-forward part.
+        attention: ``full``, or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
+        attention_kv: ``expert``: keys and values of each attention's own; ``shared``: one set.
+        attention_routing: ``soft``: all attentions weigh in; ``top1``/``top2``: only the largest gates, as they are.
+        router_aux_loss_coef, router_z_loss_coef: factors of the load-balance and z losses, summed over layers.
+    """
+
+    model_type = "mixtura"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers reads this class attribute)
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1408
+    num_hidden_layers: int = 8
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 0
+    head_dim: int = 0
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: Any = None
+    sliding_window: int | None = None
+    attention_dropout: float = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    norm: str = "rms"
+    norm_weight: bool = True
+    norm_bias: bool = False
+    norm_placement: str = "before"
+    qk_norm: str = "none"
+    block: str = "sequential"
+    mlp_gated: bool = True
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    lm_head_bias: bool = False
+    embed_scale: float = 1.0
+    logit_scale: float = 1.0
+    clip_qkv: float | None = None
+    no_rope_layers: list[int] | None = None
+
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
+    norm_topk_prob: bool = True
+    moe_intermediate_size: int = 0
+    shared_expert_intermediate_size: int = 0
+    dense_layers: list[int] | None = None
+    attention: str = "full"
+    attention_experts: int = 1
+    attention_kv: str = "expert"
+    attention_routing: str = "soft"
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.01
+    router_z_loss_coef: float = 0.001
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
+        self.no_rope_layers = list(self.no_rope_layers or [])
+        self.dense_layers = list(self.dense_layers or [])
+        _check(self)
+        super().__post_init__(**kwargs)
+
+    def sparse(self, layer: int) -> bool:
+        """Whether a layer's feed-forward part is made of experts."""
+        return self.num_experts > 0 and layer not in (self.dense_layers or [])
+
+
+def _check(config: MixturaConfig) -> None:
+    for name, known in CHOICES.items():
+        if getattr(config, name) not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {getattr(config, name)!r}")
+    heads, kv = config.num_attention_heads, config.num_key_value_heads
+    if heads % kv:
+        raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv}")
+    if config.num_experts < 0:
+        raise ValueError(f"num_experts must be >= 0, got {config.num_experts}")
+    if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
+        raise ValueError(
+            f"num_experts_per_tok must be between 1 and num_experts={config.num_experts}, "
+            f"got {config.num_experts_per_tok}"
+        )
+    if config.shared_expert_intermediate_size and not config.num_experts:
+        raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
+    if config.attention_experts < 1:
+        raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
+    if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:
+        raise ValueError("attention_routing='top2' needs attention_experts >= 2, got 1")
+    if config.block != "sequential" and config.norm_placement != "before":
+        raise ValueError(f"block={config.block!r} is defined for norm_placement='before' only")

@@ -1,0 +1,192 @@
+"""Norms, the dense feed-forward part and the one made of experts.
+
+Shapes: B batch, L positions, T = B L tokens, D width, H hidden, E experts, K experts a token visits.
+
+The block of experts speaks transformers' own interface, so everything that understands Mixtral understands it:
+``gate(x) -> (logits, weights, indices)`` and ``experts(x, indices, weights)`` over stacked weights, dispatched by
+``config._experts_implementation``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from mixtura.lm.model.config import MixturaConfig
+
+__all__ = ["Experts", "ExpertsBlock", "MixturaRMSNorm", "MixturaRouter", "Mlp", "make_experts", "make_norm"]
+
+
+class MixturaRMSNorm(nn.Module):
+    """Norm of the last dimension, computed in float32: root mean square, optionally 1 + w, optionally mean and bias.
+
+    Source: Zhang and Sennrich 2019 (1910.07467), eq. 4; LayerNorm: Ba et al. 2016 (1607.06450), eq. 4.
+    """
+
+    def __init__(self, width: int, config: MixturaConfig):
+        super().__init__()
+        self.kind, self.eps = config.norm, config.norm_eps
+        start = torch.zeros if config.norm == "rms_plus_one" else torch.ones
+        self.weight = nn.Parameter(start(width)) if config.norm_weight else None
+        self.bias = nn.Parameter(torch.zeros(width)) if config.norm_bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., width) -> (..., width), in the dtype that came."""
+        y = x.float()
+        if self.kind == "layer":
+            y = y - y.mean(-1, keepdim=True)
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        if self.weight is not None:
+            y = y * (1.0 + self.weight.float() if self.kind == "rms_plus_one" else self.weight.float())
+        if self.bias is not None:
+            y = y + self.bias.float()
+        return y.to(x.dtype)
+
+
+def make_norm(config: MixturaConfig, width: int | None = None) -> MixturaRMSNorm:
+    """The config's norm over the model's width, or over another."""
+    return MixturaRMSNorm(width or config.hidden_size, config)
+
+
+class Mlp(nn.Module):
+    """Dense feed-forward part, (..., D) -> (..., D)."""
+
+    def __init__(self, config: MixturaConfig, hidden: int | None = None):
+        super().__init__()
+        hidden = hidden or config.intermediate_size
+        self.gate_proj = nn.Linear(config.hidden_size, hidden, bias=config.mlp_bias) if config.mlp_gated else None
+        self.up_proj = nn.Linear(config.hidden_size, hidden, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(hidden, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        up = self.up_proj(x)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up
+        return self.down_proj(inner)
+
+
+class MixturaRouter(nn.Module):
+    """Softmax gate of the feed-forward experts.
+
+    With ``norm_topk_prob`` false the chosen gates keep their softmax values: with one expert a token, gates that are made to
+    sum to 1 are 1, and the router learns nothing from the loss.
+    """
+
+    def __init__(self, config: MixturaConfig):
+        super().__init__()
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> logits (T, E), weights (T, K) in the dtype of x, indices (T, K)."""
+        logits_TE = F.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        # float32 even in half precision: two close logits would tie, and the tie would move with the batch.
+        weights_TK, indices_TK = logits_TE.float().softmax(-1).topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        return logits_TE, weights_TK.to(x.dtype), indices_TK
+
+
+class Experts(nn.Module):
+    """Stacked feed-forward experts: ``gate_up_proj`` (E, 2H, D) or ``up_proj`` (E, H, D), ``down_proj`` (E, D, H).
+
+    This forward is the plain loop that defines the result; transformers' registry swaps in others by a config word.
+    """
+
+    gated: bool
+    bias: bool
+
+    def __init__(self, config: MixturaConfig):
+        super().__init__()
+        E, H, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.num_experts, self.hidden_dim, self.intermediate_dim = E, D, H
+        self.act_fn = ACT2FN[config.hidden_act]
+        rows, up = (2 * H, "gate_up_proj") if self.gated else (H, "up_proj")
+        setattr(self, up, nn.Parameter(torch.empty(E, rows, D)))
+        self.down_proj = nn.Parameter(torch.empty(E, D, H))
+        if self.bias:
+            setattr(self, f"{up}_bias", nn.Parameter(torch.empty(E, rows)))
+            self.down_proj_bias = nn.Parameter(torch.empty(E, D))
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """x (T, D), experts (T, K), weights (T, K) -> (T, D); index E means nothing."""
+        up_name = "gate_up_proj" if self.gated else "up_proj"
+        up_EHD = getattr(self, up_name)
+        up_bias = getattr(self, f"{up_name}_bias") if self.bias else None
+        out_TD = torch.zeros_like(hidden_states)
+        for e in range(self.num_experts):
+            tokens, slots = (top_k_index == e).nonzero(as_tuple=True)
+            if len(tokens) == 0:
+                continue
+            inner = F.linear(hidden_states[tokens], up_EHD[e], None if up_bias is None else up_bias[e])
+            if self.gated:
+                gate, up = inner.chunk(2, dim=-1)
+                inner = self.act_fn(gate) * up
+            else:
+                inner = self.act_fn(inner)
+            y = F.linear(inner, self.down_proj[e], self.down_proj_bias[e] if self.bias else None)
+            out_TD.index_add_(0, tokens, (y * top_k_weights[tokens, slots, None]).to(out_TD.dtype))
+        return out_TD
+
+
+# One class a layout: the decorator fixes the layout per class, and other libraries read it from there.
+@use_experts_implementation
+class GatedExperts(Experts):
+    """Gated, without bias (Llama and its relatives)."""
+
+    gated, bias = True, False
+
+
+@use_experts_implementation(has_bias=True)
+class GatedBiasExperts(Experts):
+    """Gated, with biases."""
+
+    gated, bias = True, True
+
+
+@use_experts_implementation(has_gate=False)
+class PlainExperts(Experts):
+    """Two matrices, without bias."""
+
+    gated, bias = False, False
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class PlainBiasExperts(Experts):
+    """Two matrices, with biases (Phi, GPT-NeoX)."""
+
+    gated, bias = False, True
+
+
+def make_experts(config: MixturaConfig) -> Experts:
+    """The experts class of the config's feed-forward layout."""
+    layouts: dict[tuple[bool, bool], type[Experts]] = {
+        (True, False): GatedExperts,
+        (True, True): GatedBiasExperts,
+        (False, False): PlainExperts,
+        (False, True): PlainBiasExperts,
+    }
+    return layouts[config.mlp_gated, config.mlp_bias](config)
+
+
+class ExpertsBlock(nn.Module):
+    """Router, routed experts and, where the config has one, a shared expert of weight 1; (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, config: MixturaConfig):
+        super().__init__()
+        self.gate = MixturaRouter(config)
+        self.experts = make_experts(config)
+        shared = config.shared_expert_intermediate_size
+        self.shared_expert = Mlp(config, shared) if shared else None
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(B, L, D) -> (B, L, D)."""
+        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, indices_TK = self.gate(x_TD)
+        y_TD = self.experts(x_TD, indices_TK, weights_TK)
+        if self.shared_expert is not None:
+            y_TD = y_TD + self.shared_expert(x_TD)
+        return y_TD.reshape(hidden_states.shape)

@@ -1,0 +1,113 @@
+"""One door to all ways of making a mixture of experts out of dense models."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+from transformers import PreTrainedModel
+
+from mixtura.lm.families import native_family
+from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
+from mixtura.lm.upcycle.branch_train_mix import to_standard
+from mixtura.lm.upcycle.copies import CopyConfig, copies
+
+__all__ = ["METHODS", "upcycle"]
+
+METHODS = ("copy", "fine-grained", "branch-attend-mix", "branch-train-mix")
+Model: TypeAlias = PreTrainedModel | str | Path
+
+
+def upcycle(
+    model_or_models: Model | Sequence[Model] | Mapping[str, Model],
+    *,
+    method: Literal["copy", "fine-grained", "branch-attend-mix", "branch-train-mix"] = "copy",
+    n_experts: int | None = None,
+    top_k: int | None = None,
+    seed: int = 0,
+    **options: Any,
+) -> PreTrainedModel:
+    """Turn one dense model, or several branches of one, into a mixture of experts.
+
+    =====================  ==================================================================================================
+    method                 what it does
+    =====================  ==================================================================================================
+    ``copy``               one model; every expert a copy of the feed-forward part; computes what the dense model computed
+    ``fine-grained``       the same, each copy cut into ``segments`` experts, ``shared`` of them always on
+    ``branch-attend-mix``  several models; feed-forward parts and attentions become experts, the rest is averaged
+    ``branch-train-mix``   several models; feed-forward parts become experts, attention is averaged too
+    =====================  ==================================================================================================
+
+    Args:
+        model_or_models: dense model or path, read tensor by tensor; for the ``branch`` methods several, by name or in order.
+            None of them is changed.
+        method: see above.
+        n_experts: copies (default 8). The ``branch`` methods have one expert a model, and take no other number.
+        top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, and 1 for the ``branch`` methods.
+        seed: draws routers and noise.
+        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig` or, for the ``branch`` methods, of
+            :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`.
+    Returns:
+        A native transformers family where one has the structure (Mixtral, Qwen2-MoE, Qwen3-MoE, FlexOlmo, OLMoE), else
+        ``MixturaForCausalLM``; in evaluation mode.
+    Raises:
+        ValueError: unknown method, top_k above the experts, a mixture instead of a dense model, an unknown family, quantized
+            weights, branches that differ; the message names what came and what would do.
+        TypeError: an option that the method does not have, or one model where several are needed.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    if method.startswith("branch"):
+        return _mixed(_named(model_or_models, method), method, n_experts, top_k, seed, options)
+    if not isinstance(model_or_models, (PreTrainedModel, str, Path)):
+        raise TypeError(
+            f"method={method!r} takes one model, got {type(model_or_models).__name__}; use branch-attend-mix"
+        )
+    if method == "copy" and (extra := {"segments", "shared"} & set(options)):
+        raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")
+    if method == "fine-grained":
+        options = {"segments": 4, **options}
+    _check_options(CopyConfig, options, method)
+    config = CopyConfig(
+        n_experts=8 if n_experts is None else n_experts, top_k=2 if top_k is None else top_k, seed=seed, **options
+    )
+    return copies(model_or_models, config)
+
+
+def _mixed(
+    models: Mapping[str, Model],
+    method: str,
+    n_experts: int | None,
+    top_k: int | None,
+    seed: int,
+    options: dict[str, Any],
+) -> PreTrainedModel:
+    if n_experts is not None and n_experts != len(models):
+        raise ValueError(
+            f"{method} makes one expert of each model: n_experts must be {len(models)} or left out, got {n_experts}"
+        )
+    if method == "branch-train-mix":
+        if "attention" in options:
+            raise TypeError(
+                "branch-train-mix averages the attention and has no option 'attention'; use branch-attend-mix"
+            )
+        options = {**options, "attention": "average"}
+    _check_options(BranchAttendConfig, options, method)
+    config = BranchAttendConfig(ffn_top_k=1 if top_k is None else top_k, **options)
+    model = mix(models, config, generator=torch.Generator().manual_seed(seed))
+    return to_standard(model) if native_family(model.config) is not None else model
+
+
+def _named(models: Any, method: str) -> Mapping[str, Model]:
+    if isinstance(models, Mapping):
+        return models
+    if isinstance(models, Sequence) and not isinstance(models, str):
+        return {f"expert {i}": model for i, model in enumerate(models)}
+    raise TypeError(f"method={method!r} takes several models, by name or in a list, got one {type(models).__name__}")
+
+
+def _check_options(config: Any, options: Mapping[str, Any], method: str) -> None:
+    known = [f for f in config.__dataclass_fields__ if f not in ("n_experts", "top_k", "ffn_top_k", "seed")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"method={method!r} has no option {unknown}; it has {known}")

@@ -1,0 +1,5 @@
+"""The attention of upcycled branches; it lives with the decoder's other parts."""
+
+from mixtura.lm.model.attention import AttentionMixture
+
+__all__ = ["AttentionMixture"]
