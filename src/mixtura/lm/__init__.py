@@ -26,12 +26,12 @@ Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
 def find_moe(model: Any) -> "list[MoEBlock]":
     """The mixture layers of any model; see :func:`mixtura.lm.anatomy.find_moe`."""
-    from mixtura.lm.anatomy import find_moe as found
+    from mixtura.lm.anatomy import find_moe as run
 
-    return found(model)
+    return run(model)
 
 
-def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> Any:  # type: ignore[no-redef]
+def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> Any:
     """Turn one dense model, or several branches of one, into a mixture; see :func:`mixtura.lm.upcycle.api.upcycle`.
 
     Args:
@@ -43,7 +43,7 @@ def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> An
     """
     from mixtura.lm.upcycle.api import upcycle as run
 
-    return run(model_or_models, method=method, **options)  # type: ignore[arg-type]
+    return run(model_or_models, method=method, **options)
 
 
 def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History":
@@ -53,7 +53,7 @@ def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History"
     return run(model, tokenizer, texts, **options)
 
 
-def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:  # type: ignore[no-redef]
+def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:
     """Compress a mixture of experts; see :func:`mixtura.lm.compress.api.compress`.
 
     Args:

@@ -19,7 +19,7 @@ from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus
 from mixtura.lm.cost import model_size
 from mixtura.lm.evaluate import token_losses
-from mixtura.lm.generation import generate, speed
+from mixtura.lm.generation import Decode, generate, speed
 from mixtura.lm.loading import directory_bytes, load, save
 from mixtura.lm.tokens import blocks
 from mixtura.lm.training import train
@@ -250,17 +250,14 @@ def _specialist(run: _Run, source: str | Path, name: str) -> tuple[Path, Meter]:
 
 
 def _upcycled(run: _Run, source: str | Path, specialists: Mapping[str, Path], method: str) -> tuple[Path, Meter]:
-    from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
-    from mixtura.lm.upcycle.copy import upcycle_copy
+    from mixtura.lm import upcycle
 
     def make() -> Any:
         k, seed = run.config.top_k, run.config.seed
+        # Paths, so that the sources are read tensor by tensor and never stand in memory as a whole.
         if method == "copy":
-            dense, _ = load(source, dtype=torch.bfloat16)
-            return upcycle_copy(dense, n_experts=len(specialists), top_k=k, seed=seed)
-        models = {name: load(path, dtype=torch.bfloat16)[0] for name, path in specialists.items()}
-        generator = torch.Generator().manual_seed(seed)
-        return mix(models, BranchAttendConfig(attention=method, ffn_top_k=k), generator=generator)
+            return upcycle(source, method="copy", n_experts=len(specialists), top_k=k, seed=seed)
+        return upcycle(specialists, method="branch-attend-mix", attention=method, top_k=k, seed=seed)
 
     recipe = {
         "copy": "Every expert is a copy of the dense feed-forward layer; router random.",
@@ -306,7 +303,7 @@ def _development_loss(run: _Run, path: Path) -> float:
 
 
 def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[..., Any]) -> None:
-    from mixtura.lm import compress, inspect
+    from mixtura.lm import compress, find_moe, inspect
 
     with Meter() as meter:
         model, _ = load(out / "mixture", dtype=torch.bfloat16, device=run.device)
@@ -332,7 +329,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
         pruned = compress(small, run.tokenizer, run.train_texts(), bits=None, prune=0.02, inplace=True, samples=8)
     measured("compress + prune", out / "compressed", meter, model=pruned, total=total)
     life.prompt = "def is_prime(n):\n"
-    options: dict[str, dict[str, Any]] = {
+    options: dict[Decode, dict[str, Any]] = {
         "greedy": {},
         "sample": {"temperature": 0.8, "top_p": 0.95},
         "self-contrast": {"contrast": "rank:2"},
@@ -343,13 +340,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
         )
     held_out = {name: corpus.held_out for name, corpus in run.domains.items()}
     life.routing = inspect(small, run.tokenizer, held_out, samples=MEASURED_BLOCKS, length=run.config.length)
-    life.allocation = [block.experts.bits.tolist() for block in _packed(small)]
-
-
-def _packed(model: Any) -> list[Any]:
-    from mixtura.lm.anatomy import find_moe
-
-    return find_moe(model)
+    life.allocation = [block.experts.bits.tolist() for block in find_moe(small)]
 
 
 def _measure(run: _Run, name: str, path: Path | str, made: Meter | None, model: Any, total: int) -> tuple[Stage, Any]:

@@ -114,7 +114,7 @@ def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any
 def shard_size(model: Any) -> int:
     """Largest bytes a shard: a twentieth of the model, at least 100 MB and at least its largest tensor."""
     sizes = [t.numel() * t.element_size() for t in model.state_dict().values()] or [0]
-    return max(100_000_000, max(sizes), math.ceil(sum(sizes) / 20))
+    return int(max(100_000_000, max(sizes), math.ceil(sum(sizes) / 20)))
 
 
 def directory_bytes(path: str | Path) -> int:

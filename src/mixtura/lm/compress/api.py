@@ -1,7 +1,7 @@
 """One door to the ways of making a mixture of experts small."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ def compress(
     tokenizer: Any,
     texts: Sequence[str] | Mapping[str, Sequence[str]],
     *,
-    method: Literal["mc-moe"] = "mc-moe",
+    method: str = "mc-moe",
     bits: float | None = 2.5,
     prune: float | None = None,
     samples: int = 32,

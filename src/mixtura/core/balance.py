@@ -1,0 +1,162 @@
+"""Balance: what keeps a gate from sending every token to the same few experts.
+
+Losses are averages over tokens, without a coefficient: multiply by your own (0.01 is usual for balance, 0.001 for the
+z-loss). Counts carry no gradient. The sentinel index E (no expert here) counts for nobody.
+
+Shapes: T tokens, E experts, K experts a token visits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LoadStatistics",
+    "device_balance_loss",
+    "expert_counts",
+    "load_balance_loss",
+    "load_statistics",
+    "router_z_loss",
+    "updated_bias",
+]
+
+
+@dataclass(frozen=True)
+class LoadStatistics:
+    """How evenly experts are visited. Without unit."""
+
+    share: Tensor  # (E,), of all visits; sums to 1, or is 0 everywhere when nothing was visited
+    entropy: float  # of the shares over log E: 1 when even, 0 when one expert takes all
+    variation: float  # standard deviation of the shares over their mean: 0 when even
+    max_over_mean: float  # 1 when even, E when one expert takes all
+
+
+def expert_counts(indices: Tensor, n_experts: int) -> Tensor:
+    """Visits of each expert: int64 (E,). Indices of any shape in [0, E]; the sentinel E is left out.
+
+    Example:
+        >>> expert_counts(torch.tensor([[0, 2], [2, 3]]), n_experts=3)
+        tensor([1, 0, 2])
+    """
+    flat = indices.reshape(-1)
+    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) <= n_experts:
+        raise ValueError(f"indices must be in [0, {n_experts}], got {int(flat.min())} to {int(flat.max())}")
+    return torch.bincount(flat, minlength=n_experts + 1)[:n_experts]
+
+
+def load_balance_loss(probs: Tensor, indices: Tensor) -> Tensor:
+    """Imbalance of a gate: 1 when experts share the tokens evenly, E when one expert takes them all.
+
+    Args:
+        probs: gate probabilities before the choice, shape (T, E), rows sum to 1.
+        indices: chosen experts, shape (T, K), integers in [0, E]; E is the sentinel.
+    Returns:
+        Scalar without unit; 0 for no tokens. Its gradient reaches ``probs`` only: the counts are constants.
+    Raises:
+        ValueError: an index outside [0, E], or a different number of tokens in the two arguments.
+    Source:
+        Switch Transformers (2101.03961), eq. 4-6, without the factor alpha; for K > 1 counts are divided by K
+        (DeepSeekMoE, 2401.06066, eq. 12-14).
+    Example:
+        >>> load_balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
+        tensor(1.)
+    """
+    load_E, importance_E = _load_and_importance(probs, indices)
+    return (load_E * importance_E).sum()
+
+
+def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """Imbalance between devices that each hold a group of experts: 1 when even between devices.
+
+    Within a device experts may be as uneven as they like. With one expert a device it equals `load_balance_loss`;
+    with one device it is 1 for any routing.
+
+    Args:
+        probs: shape (T, E), rows sum to 1.
+        indices: shape (T, K), in [0, E].
+        groups: expert indices of each device; together every expert exactly once.
+    Source:
+        DeepSeekMoE (2401.06066), eq. 15-17, without the factor alpha.
+    """
+    n_experts = probs.shape[-1]
+    if sorted(e for group in groups for e in group) != list(range(n_experts)) or not all(groups):
+        raise ValueError(f"groups must hold each of the {n_experts} experts once, none empty, got {list(groups)}")
+    load_E, importance_E = _load_and_importance(probs, indices)
+    terms = [load_E[list(group)].mean() * importance_E[list(group)].sum() for group in groups]
+    return torch.stack(terms).sum()
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """Mean over tokens of the squared log-partition of the logits: keeps them from growing without bound.
+
+    Args:
+        logits: shape (T, E).
+    Returns:
+        Scalar, in squared logits; 0 for no tokens.
+    Source:
+        ST-MoE (2202.08906), eq. 5.
+    """
+    return _wide(logits).logsumexp(-1).square().sum() / max(logits.shape[0], 1)
+
+
+def updated_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tensor:
+    """Selection bias after one step of balancing without a loss: up by ``rate`` for an expert under the mean load,
+    down for one over it, unchanged at the mean.
+
+    Add it to the scores that choose, never to the weights (``top_k(..., select_by=logits + bias)``). No gradient.
+
+    Args:
+        bias: shape (E,).
+        counts: visits of each expert in this step, shape (E,); see `expert_counts`.
+        rate: step, in logits, >= 0.
+    Source:
+        2408.15664, algorithm 1; DeepSeek-V3 (2412.19437), sec. 2.1.2.
+    Example:
+        >>> updated_bias(torch.zeros(2), torch.tensor([3, 1]), rate=0.5)
+        tensor([-0.5000,  0.5000])
+    """
+    if rate < 0:
+        raise ValueError(f"rate must be >= 0, got {rate}")
+    if bias.shape != counts.shape:
+        raise ValueError(f"bias and counts must have one shape, got {tuple(bias.shape)} and {tuple(counts.shape)}")
+    load_E = counts.to(bias.dtype)
+    return bias.detach() + rate * torch.sign(load_E.mean() - load_E)
+
+
+def load_statistics(indices: Tensor, n_experts: int) -> LoadStatistics:
+    """Share, entropy, variation and peak of the experts' load.
+
+    Example:
+        >>> load_statistics(torch.tensor([[0], [0], [1], [1]]), n_experts=4).max_over_mean
+        2.0
+    """
+    counts_E = expert_counts(indices, n_experts).double()
+    share_E = counts_E / counts_E.sum().clamp(min=1)
+    entropy = float(torch.special.entr(share_E).sum()) / math.log(n_experts) if n_experts > 1 else 1.0
+    return LoadStatistics(
+        share=share_E.float(),
+        entropy=entropy,
+        variation=float(share_E.std(correction=0) * n_experts),
+        max_over_mean=float(share_E.max() * n_experts),
+    )
+
+
+def _load_and_importance(probs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+    if probs.dim() != 2 or indices.dim() != 2 or len(probs) != len(indices):
+        raise ValueError(
+            f"probs (T, E) and indices (T, K) must agree in T, got {tuple(probs.shape)} and {tuple(indices.shape)}"
+        )
+    n_tokens, n_experts = probs.shape
+    probs_TE = _wide(probs)
+    counts_E = expert_counts(indices, n_experts).to(probs_TE.dtype)
+    load_E = counts_E * (n_experts / max(indices.numel(), 1))  # 1 each when even
+    return load_E, probs_TE.sum(0) / max(n_tokens, 1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,95 @@
+"""Capacity: how many tokens an expert may take, and which of those that chose it stay.
+
+Shapes: T tokens, E experts, K experts a token visits, S = T * K pairs, Q queues (one an expert and group).
+Sources: Switch Transformers (2101.03961), eq. 3; 2109.10465, sec. 3.2 (random token selection).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["CapacityPolicy", "capacity", "capacity_select"]
+
+CapacityPolicy = Literal["random", "prefix", "group", "probs"]
+_POLICIES = ("random", "prefix", "group", "probs")
+
+
+def capacity(n_tokens: int, n_experts: int, factor: float, *, minimum: int = 4) -> int:
+    """Tokens that an expert may take: max(ceil(T / E * factor), minimum).
+
+    Example:
+        >>> capacity(100, 8, 1.25)
+        16
+    """
+    if factor <= 0:
+        raise ValueError(f"factor must be > 0, got {factor}")
+    if minimum < 0:
+        raise ValueError(f"minimum must be >= 0, got {minimum}")
+    # The epsilon keeps 100 / 10 * 1.1 at 11, where floats say 11.000000000000002.
+    return max(math.ceil(n_tokens * factor / n_experts - 1e-9), minimum)
+
+
+def capacity_select(
+    indices: Tensor,
+    n_experts: int,
+    limit: int,
+    *,
+    policy: CapacityPolicy = "random",
+    probs: Tensor | None = None,
+    groups: int = 1,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Which token-expert pairs stay when an expert takes at most ``limit`` tokens.
+
+    Args:
+        indices: chosen experts, shape (T, K); the sentinel is never kept and fills no place.
+        n_experts: E.
+        limit: places an expert has, >= 0.
+        policy: "random" draws among an expert's tokens, so that no position is favoured (random token selection);
+            "prefix" takes the first in token order; "group" splits the tokens into ``groups`` equal spans and gives
+            each limit // groups places; "probs" takes the largest gate weights, ties by position.
+        probs: weights for "probs", shape (T, K).
+        groups: spans for "group".
+        generator: source of chance for "random".
+    Returns:
+        Bool, shape (T, K), True where the pair stays.
+    Raises:
+        ValueError: an unknown policy, a negative limit, "probs" without probs, or groups < 1.
+    Source:
+        2109.10465, sec. 3.2.
+    """
+    if policy not in _POLICIES:
+        raise ValueError(f"policy must be one of {sorted(_POLICIES)}, got {policy!r}")
+    if limit < 0:
+        raise ValueError(f"limit must be >= 0, got {limit}")
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    if (probs is None) == (policy == "probs"):
+        raise ValueError(f"probs goes with policy 'probs' and with no other, got policy {policy!r}")
+    n_tokens, k = indices.shape
+    expert_S = indices.reshape(-1)
+    queue_S, n_queues = expert_S, n_experts + 1  # the last queue holds the sentinels
+    if policy == "group":
+        span_T = torch.arange(n_tokens, device=indices.device) * groups // max(n_tokens, 1)
+        queue_S = expert_S * groups + span_T.repeat_interleave(k)
+        n_queues, limit = n_queues * groups, limit // groups
+    order_S = _in_turn(expert_S, policy, probs, generator)
+    order_S = order_S[queue_S[order_S].argsort(stable=True)]  # by queue, and within a queue by turn
+    starts_Q = torch.bincount(queue_S, minlength=n_queues).cumsum(0).roll(1)
+    starts_Q[0] = 0
+    place_S = torch.arange(len(order_S), device=indices.device) - starts_Q[queue_S[order_S]]
+    kept_S = torch.zeros_like(expert_S, dtype=torch.bool)
+    kept_S[order_S] = place_S < limit
+    return (kept_S & (expert_S < n_experts)).view(n_tokens, k)
+
+
+def _in_turn(expert_S: Tensor, policy: str, probs: Tensor | None, generator: torch.Generator | None) -> Tensor:
+    if policy == "random":
+        return torch.rand(len(expert_S), generator=generator, device=expert_S.device).argsort()
+    if policy == "probs" and probs is not None:
+        return probs.reshape(-1).argsort(descending=True, stable=True)
+    return torch.arange(len(expert_S), device=expert_S.device)
