@@ -260,13 +260,13 @@ class _Grouped(torch.autograd.Function):
         grad_down = _grad_like(down, groups) if wants_down else None
         grad_up_bias = torch.zeros_like(up_bias) if wants_up_bias else None
         grad_down_bias = torch.zeros_like(down_bias) if wants_down_bias else None
-        grad_weights = torch.zeros_like(weights) if wants_weights else None
+        grad_weights = weights.new_zeros(weights.shape) if wants_weights else None
         grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
         rows_SD = _row_buffer(groups, x)
         for (e, span), u_MO in zip(groups.blocks(), kept, strict=True):
             grad_MD = grad_y.index_select(0, groups.tokens[span])
             pairs_M = groups.pairs[span]
-            weights_M1 = weights.view(-1)[pairs_M].unsqueeze(-1).to(x.dtype)
+            weights_M1 = weights.reshape(-1)[pairs_M].unsqueeze(-1).to(x.dtype)
             with torch.enable_grad():
                 u_MO = u_MO.detach().requires_grad_()
                 h_MH = stack.inner(u_MO)
