@@ -49,7 +49,7 @@ def gradients(net, **kwargs):
     return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("engine", ["grouped_mm", "batched_mm"])
+@pytest.mark.parametrize("engine", ["grouped_mm", "batched_mm", "mixtura"])
 @pytest.mark.parametrize("name", [name for name in PARTS if "experts" in name])
 def test_every_experts_engine_agrees_with_the_loop_forward_and_backward(name, engine):
     net = model(**PARTS[name])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mixtura.core.gates import Routing
+from mixtura.core.gates import Routing, soft, top_k
 from mixtura.lm.model.config import MixturaConfig
 from mixtura.lm.model.parts import MixturaRMSNorm
 
@@ -253,13 +253,14 @@ class AttentionMixture(_AttentionCore):
 
     def _gates(self, x: Tensor) -> Tensor:
         """(B, L, D) -> gates (B, L, N), float32."""
-        logits_TN = self.router(x.reshape(-1, x.shape[-1])).float()
-        probs_TN = gates_TN = logits_TN.softmax(-1)
-        kept = {"soft": self.num_experts, "top1": 1, "top2": 2}[self.config.attention_routing]
-        weights_TK, indices_TK = probs_TN.topk(kept, dim=-1)
-        if kept < self.num_experts:
-            gates_TN = torch.zeros_like(probs_TN).scatter(-1, indices_TK, weights_TK)
-        self.routing = Routing(weights_TK.detach(), indices_TK, logits_TN.detach(), probs_TN.detach())
+        logits_TN = self.router(x.reshape(-1, x.shape[-1]))
+        kept = {"soft": 0, "top1": 1, "top2": 2}[self.config.attention_routing]
+        routing = top_k(logits_TN, kept, renormalise=False) if kept else soft(logits_TN)
+        gates_TN = routing.probs
+        if kept:
+            gates_TN = torch.zeros_like(gates_TN).scatter(-1, routing.indices, routing.weights)
+        parts = (routing.weights, routing.indices, routing.logits, routing.probs)
+        self.routing = Routing(*(t.detach() for t in parts))
         return gates_TN.view(*x.shape[:-1], -1)
 
     def _mix(self, y_BLNF: Tensor, gates_BLN: Tensor) -> Tensor:

@@ -19,7 +19,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+import mixtura.lm.experts_forward  # noqa: F401 (registers experts_implementation="mixtura")
 from mixtura.core.balance import load_balance_loss, router_z_loss
+from mixtura.core.gates import top_k
 from mixtura.lm.model.attention import Attention, AttentionMixture, MixturaRotaryEmbedding, _AttentionCore
 from mixtura.lm.model.config import MixturaConfig
 from mixtura.lm.model.parts import Experts, ExpertsBlock, MixturaRMSNorm, MixturaRouter, Mlp, make_norm
@@ -226,7 +228,7 @@ def routing_loss(router_logits: tuple[Tensor, ...], config: MixturaConfig, atten
         if attention_mask is not None and attention_mask.numel() == len(logits_TE):
             logits_TE = logits_TE[attention_mask.reshape(-1).bool()]
         probs_TE = logits_TE.softmax(-1)
-        indices_TK = probs_TE.topk(config.num_experts_per_tok, dim=-1).indices
+        indices_TK = top_k(logits_TE, config.num_experts_per_tok).indices
         balance = config.router_aux_loss_coef * load_balance_loss(probs_TE, indices_TK)
         total = total + balance + config.router_z_loss_coef * router_z_loss(logits_TE)
     return total

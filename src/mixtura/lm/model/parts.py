@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
+from mixtura.core.gates import top_k
 from mixtura.lm.model.config import MixturaConfig
 
 __all__ = ["Experts", "ExpertsBlock", "MixturaRMSNorm", "MixturaRouter", "Mlp", "make_experts", "make_norm"]
@@ -83,11 +84,8 @@ class MixturaRouter(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> logits (T, E), weights (T, K) in the dtype of x, indices (T, K)."""
         logits_TE = F.linear(x.reshape(-1, x.shape[-1]), self.weight)
-        # float32 even in half precision: two close logits would tie, and the tie would move with the batch.
-        weights_TK, indices_TK = logits_TE.float().softmax(-1).topk(self.top_k, dim=-1)
-        if self.norm_topk_prob:
-            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return logits_TE, weights_TK.to(x.dtype), indices_TK
+        routing = top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob)
+        return logits_TE, routing.weights.to(x.dtype), routing.indices
 
 
 class Experts(nn.Module):
