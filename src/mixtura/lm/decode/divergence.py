@@ -66,7 +66,7 @@ def routing_divergence(
             for name, mask in masks.items():
                 kl[name][r] += kl_NL[:, mask].double().sum()
             for b, block in enumerate(blocks):
-                order_TE = block.scores(own[block.name]).argsort(-1, descending=True, stable=True)
+                order_TE = block.scores(own[block.name]).argsort(dim=-1, descending=True, stable=True)
                 chosen = (order_TE[:, rank - 1, None] == strong[block.name].indices).any(-1)
                 unchosen[r, b] += (~chosen).double().sum()
         for name, mask in masks.items():
