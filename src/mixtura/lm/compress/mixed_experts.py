@@ -243,7 +243,7 @@ def _replace_experts(block: MoEBlock, packed: PackedExperts) -> None:
 
 
 def _check_average(average: float, n_experts: int) -> None:
-    low, high = assign.feasible_range(n_experts, BITS, at_least={3: 1, 2: 1})
+    low, _ = assign.feasible_range(n_experts, BITS, at_least={3: 1, 2: 1})
     if not low / n_experts <= average <= max(BITS):
         raise ValueError(
             f"average_bits={average:g} cannot be met: with one expert of 3 and one of 2 bits in every block of {n_experts}, "
