@@ -237,8 +237,9 @@ def _mean(perplexities: Mapping[str, float]) -> float:
 def _flops(sizes: Sizes, model: Any) -> int:
     """Floating-point operations of one training step, counted while it runs."""
     batch = torch.zeros(sizes.batch, sizes.length, dtype=torch.long, device=sizes.device)
-    # The eager engine is made of plain products, which the counter knows on every device.
-    model.config._attn_implementation = "eager"
+    # The eager engines are made of plain products. The counter does not know grouped ones, and would leave the experts out.
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
