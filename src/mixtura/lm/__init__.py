@@ -13,22 +13,17 @@ from typing import TYPE_CHECKING, Any
 # import, so from here on `mixtura.lm.upcycle` is the verb and `from mixtura.lm.upcycle import ...` still finds the package.
 import mixtura.lm.compress
 import mixtura.lm.upcycle  # noqa: F401
+from mixtura._lazy import lazy_names
 
 if TYPE_CHECKING:
     from mixtura.core.training import History
-    from mixtura.lm.anatomy import MoEBlock
+    from mixtura.lm.anatomy import find_moe
+    from mixtura.lm.decode.self_contrast import self_contrast
     from mixtura.lm.inspection import RoutingReport
 
 __all__ = ["compress", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
-
-
-def find_moe(model: Any) -> "list[MoEBlock]":
-    """The mixture layers of any model; see :func:`mixtura.lm.anatomy.find_moe`."""
-    from mixtura.lm.anatomy import find_moe as run
-
-    return run(model)
 
 
 def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> Any:
@@ -43,7 +38,7 @@ def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> An
     """
     from mixtura.lm.upcycle.api import upcycle as run
 
-    return run(model_or_models, method=method, **options)
+    return run(model_or_models, method=method, **options)  # type: ignore[arg-type]
 
 
 def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History":
@@ -81,8 +76,7 @@ def inspect(model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], **op
     return run(model, tokenizer, texts, **options)
 
 
-def self_contrast(*args: Any, **options: Any) -> Any:
-    """For ``model.generate(custom_generate=self_contrast)``; see :mod:`mixtura.lm.decode.self_contrast`."""
-    from mixtura.lm.decode.self_contrast import self_contrast as run
-
-    return run(*args, **options)
+__getattr__ = lazy_names(
+    __name__,
+    {"find_moe": "mixtura.lm.anatomy", "self_contrast": "mixtura.lm.decode.self_contrast"},
+)

@@ -63,7 +63,7 @@ def generate(
         if decode == "self-contrast":
             from mixtura.lm.decode.self_contrast import generate as contrasted
 
-            new = contrasted(
+            new: Any = contrasted(
                 model, ids, weak=parse_rule(contrast), alpha=alpha, beta=beta, max_new_tokens=max_new_tokens
             )
         else:
