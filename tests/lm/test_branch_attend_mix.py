@@ -34,6 +34,7 @@ SEEDS = {
     "phi": hf.PhiConfig(**TINY),
     "cohere": hf.CohereConfig(**TINY, num_key_value_heads=2),
     "gpt_neox": hf.GPTNeoXConfig(**TINY),
+    "falcon": hf.FalconConfig(**TINY),
 }
 TOKENS = torch.arange(3, 27).view(2, 12)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order; logits are of size 1
@@ -115,7 +116,7 @@ def test_gates_on_one_expert_give_that_specialist_with_averaged_norms_and_embedd
     models = branches(name)
     merged, own = average(models), models["a"]
     state = own.state_dict()
-    outside = [k for k in state if not any(part in k for part in ("self_attn", "attention.", "mlp"))]
+    outside = [k for k in state if not any(part in k for part in ("self_attn", "attention.", "mlp."))]
     chimera = copy.deepcopy(own)
     chimera.load_state_dict(state | {k: merged.state_dict()[k] for k in outside})
     torch.testing.assert_close(logits(force(mix(models), 1)), logits(chimera), **CLOSE)
@@ -297,6 +298,14 @@ def test_tokenizers_that_differ_are_refused_with_the_token():
 def test_arguments_that_cannot_be_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_cache_of_a_mixture_of_other_size_is_refused():
+    three, models = mix(branches()), branches()
+    two = mix({name: models[name] for name in ("seed", "a")})
+    cache = three(TOKENS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 6 key/value heads in layer 0, this model has 4"):
+        two(TOKENS[:, :1], past_key_values=cache)
 
 
 def test_clones_are_mixed_with_a_warning(caplog):

@@ -113,12 +113,15 @@ def build(
 
 
 def _fill(model: PreTrainedModel, tensor: Source) -> None:
-    tied = model.config.tie_word_embeddings
+    tied, device = model.config.tie_word_embeddings, None
     for name, empty in list(model.named_parameters()):
         if tied and name == "lm_head.weight":
             continue
         value = tensor(name)
         assert value.shape == empty.shape, f"{name}: {tuple(value.shape)} for {tuple(empty.shape)}"
+        # Routers are drawn where the generator lives; everything goes where the embedding came from.
+        device = device or value.device
+        value = value.to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(
             model.get_submodule(owner), leaf, nn.Parameter(value.contiguous(), requires_grad=value.is_floating_point())
@@ -127,7 +130,7 @@ def _fill(model: PreTrainedModel, tensor: Source) -> None:
         del value
     model.tie_weights()
     # The only buffers are the rotary frequencies, which are computed and never stored.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
 
 
 def _native_shell(config: MixturaConfig, family: str) -> PreTrainedModel:
