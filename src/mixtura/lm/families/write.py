@@ -7,6 +7,8 @@ with a reason (:func:`why_not`). Some structures fit after folding, which change
 - a constant factor on the embedding goes into the embedding, which is then no longer tied to the head;
 - LayerNorm is RMS norm of a vector whose mean is zero. Taking the mean off everything that writes into the residual stream
   (embedding, attention output, feed-forward output) keeps it zero, so OLMo's norm becomes an RMS norm, exactly.
+
+Shared experts go to Qwen2-MoE. DeepSeek's own families have latent attention, which plain attention is not a case of.
 """
 
 import copy
@@ -48,7 +50,14 @@ class Native:
 
 
 def native_family(config: MixturaConfig) -> str | None:
-    """The transformers family that a mixture can be written as, or None: then it is a ``MixturaForCausalLM``."""
+    """The transformers family that a mixture can be written as, or None: then it is a ``MixturaForCausalLM``.
+
+    Example:
+        >>> native_family(MixturaConfig(num_experts=8)), native_family(MixturaConfig(num_experts=8, qkv_bias=True))
+        ('mixtral', 'qwen2_moe')
+        >>> print(native_family(MixturaConfig(num_experts=8, attention="mixture", attention_experts=8)))
+        None
+    """
     return next((family for family in NATIVE if why_not(family, config) is None), None)
 
 
