@@ -11,6 +11,7 @@ import transformers as hf
 
 from mixtura.core.training import TrainConfig
 from mixtura.lm.model import MixturaForCausalLM
+from mixtura.lm.tokens import byte_pair_tokenizer
 from mixtura.lm.upcycle import BranchAttendConfig, average, branch, mix, to_standard, vocabularies_agree
 
 TINY = {
@@ -282,6 +283,16 @@ def test_tokenizers_that_differ_are_refused_with_the_token():
     with pytest.raises(ValueError, match="token 'b' is 1 in 'seed' and 2 in 'code'"):
         vocabularies_agree({"seed": {"a": 0, "b": 1}, "code": {"a": 0, "b": 2}})
     vocabularies_agree({"seed": {"a": 0}, "code": {"a": 0}, "unknown": {}})
+
+
+def test_tokenizers_beside_checkpoints_are_compared(tmp_path):
+    folders = {name: tmp_path / name for name in ("seed", "a", "b")}
+    for (name, folder), text in zip(folders.items(), ("tea time", "tea time", "xyz xyz xyz"), strict=True):
+        branches()[name].save_pretrained(folder)
+        byte_pair_tokenizer([text] * 9, 260).save_pretrained(folder)
+    mix({name: folders[name] for name in ("seed", "a")})
+    with pytest.raises(ValueError, match="tokenizers differ: token .* in 'seed' and .* in 'b'"):
+        mix(folders)
 
 
 @pytest.mark.parametrize(
