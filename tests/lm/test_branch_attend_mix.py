@@ -291,7 +291,7 @@ def test_tokenizers_beside_checkpoints_are_compared(tmp_path):
         branches()[name].save_pretrained(folder)
         byte_pair_tokenizer([text] * 9, 260).save_pretrained(folder)
     mix({name: folders[name] for name in ("seed", "a")})
-    with pytest.raises(ValueError, match="tokenizers differ: token .* in 'seed' and .* in 'b'"):
+    with pytest.raises(ValueError, match=r"tokenizers differ: token .* in 'seed' and .* in 'b'"):
         mix(folders)
 
 
