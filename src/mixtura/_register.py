@@ -14,6 +14,7 @@ def when_transformers_is_imported() -> None:
     """
     wrapt.register_post_import_hook(_config, "transformers.models.auto.configuration_auto")
     wrapt.register_post_import_hook(_model, "transformers.models.auto.modeling_auto")
+    wrapt.register_post_import_hook(_quantizers, "transformers.quantizers.auto")
 
 
 def _config(auto: ModuleType) -> None:

@@ -71,13 +71,27 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
     """
     if packed.shape[-1] != packed_width(n, bits):
         raise ValueError(f"{n} codes of {bits} bits take {packed_width(n, bits)} bytes, got {packed.shape[-1]}")
-    codes, low, first = None, 0, 0
+    codes = torch.empty(*packed.shape[:-1], n, dtype=torch.uint8, device=packed.device)
+    low, first = 0, 0
     for width in PLANES[bits]:
         size = n * width // 8
-        plane = packed[..., first : first + size]
-        fields = [(plane >> (f * width)) & (2**width - 1) for f in range(8 // width)]
-        part = torch.cat(fields, dim=-1)
-        codes = part if codes is None else codes | (part << low)
+        _spread(packed[..., first : first + size], width, low, codes)
         low, first = low + width, first + size
-    assert codes is not None
     return codes
+
+
+def _spread(plane: Tensor, width: int, low: int, codes: Tensor) -> None:
+    """Write the fields of a plane into the bits of ``codes`` from ``low`` on; the first plane overwrites."""
+    fields = codes.unflatten(-1, (8 // width, -1))  # type: ignore[no-untyped-call]
+    mask = 2**width - 1
+    if plane.shape[-1] % 8 == 0 and plane.is_contiguous() and plane.storage_offset() % 8 == 0:
+        # Eight bytes at a time: bits that a shift carries over from a neighbour are masked away.
+        plane, fields = plane.view(torch.int64), fields.view(torch.int64)
+        mask *= 0x0101010101010101
+        mask -= (mask >> 63) << 64  # as a signed number
+    for f in range(8 // width):
+        part = (plane >> (f * width)) & mask if f else plane & mask
+        if low:
+            fields[..., f, :] |= part << low
+        else:
+            fields[..., f, :] = part
