@@ -11,6 +11,7 @@ import transformers as hf
 
 from mixtura.core.training import TrainConfig
 from mixtura.lm.model import MixturaForCausalLM
+from mixtura.lm.tokens import byte_pair_tokenizer
 from mixtura.lm.upcycle import BranchAttendConfig, average, branch, mix, to_standard, vocabularies_agree
 
 TINY = {
@@ -34,6 +35,7 @@ SEEDS = {
     "phi": hf.PhiConfig(**TINY),
     "cohere": hf.CohereConfig(**TINY, num_key_value_heads=2),
     "gpt_neox": hf.GPTNeoXConfig(**TINY),
+    "falcon": hf.FalconConfig(**TINY),
 }
 TOKENS = torch.arange(3, 27).view(2, 12)
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order; logits are of size 1
@@ -115,7 +117,7 @@ def test_gates_on_one_expert_give_that_specialist_with_averaged_norms_and_embedd
     models = branches(name)
     merged, own = average(models), models["a"]
     state = own.state_dict()
-    outside = [k for k in state if not any(part in k for part in ("self_attn", "attention.", "mlp"))]
+    outside = [k for k in state if not any(part in k for part in ("self_attn", "attention.", "mlp."))]
     chimera = copy.deepcopy(own)
     chimera.load_state_dict(state | {k: merged.state_dict()[k] for k in outside})
     torch.testing.assert_close(logits(force(mix(models), 1)), logits(chimera), **CLOSE)
@@ -283,6 +285,16 @@ def test_tokenizers_that_differ_are_refused_with_the_token():
     vocabularies_agree({"seed": {"a": 0}, "code": {"a": 0}, "unknown": {}})
 
 
+def test_tokenizers_beside_checkpoints_are_compared(tmp_path):
+    folders = {name: tmp_path / name for name in ("seed", "a", "b")}
+    for (name, folder), text in zip(folders.items(), ("tea time", "tea time", "xyz xyz xyz"), strict=True):
+        branches()[name].save_pretrained(folder)
+        byte_pair_tokenizer([text] * 9, 260).save_pretrained(folder)
+    mix({name: folders[name] for name in ("seed", "a")})
+    with pytest.raises(ValueError, match=r"tokenizers differ: token .* in 'seed' and .* in 'b'"):
+        mix(folders)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -297,6 +309,14 @@ def test_tokenizers_that_differ_are_refused_with_the_token():
 def test_arguments_that_cannot_be_are_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_cache_of_a_mixture_of_other_size_is_refused():
+    three, models = mix(branches()), branches()
+    two = mix({name: models[name] for name in ("seed", "a")})
+    cache = three(TOKENS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="holds 6 key/value heads in layer 0, this model has 4"):
+        two(TOKENS[:, :1], past_key_values=cache)
 
 
 def test_clones_are_mixed_with_a_warning(caplog):

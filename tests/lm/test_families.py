@@ -35,6 +35,7 @@ TINY = {
     "eos_token_id": 2,
 }
 GROUPED = TINY | {"num_key_value_heads": 2}
+FALCON = {k: v for k, v in TINY.items() if k != "intermediate_size"} | {"ffn_hidden_size": 48}
 
 # name -> (config of a dense model, what plain upcycling writes)
 DENSE = {
@@ -60,6 +61,12 @@ DENSE = {
     "phi with query norms": (hf.PhiConfig(**TINY, qk_layernorm=True), "mixtura"),
     "phi3": (hf.Phi3Config(**GROUPED), "mixtral"),
     "cohere": (hf.CohereConfig(**GROUPED), "mixtura"),
+    "falcon 7b": (hf.FalconConfig(**FALCON), "mixtura"),
+    "falcon 40b": (hf.FalconConfig(**FALCON, new_decoder_architecture=True, num_kv_heads=2), "mixtura"),
+    "falcon rw": (
+        hf.FalconConfig(**FALCON, multi_query=False, parallel_attn=False, bias=True, tie_word_embeddings=False),
+        "mixtura",
+    ),
     "gpt_neox": (hf.GPTNeoXConfig(**TINY), "mixtura"),
     "gpt_neox in sequence": (hf.GPTNeoXConfig(**TINY, use_parallel_residual=False), "mixtura"),
 }
@@ -216,6 +223,7 @@ def test_an_unknown_family_is_named_and_the_known_ones_are_listed():
         ),
         (hf.GemmaConfig(**TINY, use_bidirectional_attention=True), "reads both ways"),
         (hf.CohereConfig(**TINY, use_qk_norm=True), "use_qk_norm=True"),
+        (hf.FalconConfig(**FALCON, alibi=True), "alibi=True"),
     ],
 )
 def test_a_variant_that_cannot_be_expressed_is_named(config, message):

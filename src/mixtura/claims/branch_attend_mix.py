@@ -90,10 +90,10 @@ SIZES: Mapping[str, Sizes] = {
         heads=6,
         hidden=1024,
         length=512,
-        batch=64,
-        seed_steps=1500,
-        branch_steps=600,
-        mix_steps=600,
+        batch=32,
+        seed_steps=1000,
+        branch_steps=400,
+        mix_steps=400,
         seed_lr=2e-3,
         grid=(5e-4, 1e-3, 2e-3),
         device="cuda",
@@ -237,8 +237,9 @@ def _mean(perplexities: Mapping[str, float]) -> float:
 def _flops(sizes: Sizes, model: Any) -> int:
     """Floating-point operations of one training step, counted while it runs."""
     batch = torch.zeros(sizes.batch, sizes.length, dtype=torch.long, device=sizes.device)
-    # The eager engine is made of plain products, which the counter knows on every device.
-    model.config._attn_implementation = "eager"
+    # The eager engines are made of plain products. The counter does not know grouped ones, and would leave the experts out.
+    model.set_attn_implementation("eager")
+    model.set_experts_implementation("eager")
     model.train()
     with FlopCounterMode(display=False) as counter:
         model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
@@ -261,10 +262,12 @@ def plot(record: Record, figure: Any) -> None:
     axes = figure.add_subplot()
     for i, name in enumerate(order):
         values = [row[f"perplexity_{name}"] for row in record["seeds"]]
-        axes.bar(i, sum(values) / len(values), color="tab:orange" if name.startswith("bam") else "tab:gray", alpha=0.6)
+        mean = sum(values) / len(values)
+        axes.bar(i, mean, color="tab:orange" if name.startswith("bam") else "tab:gray", alpha=0.6)
         axes.plot([i] * len(values), values, "k.")
+        axes.annotate(f"{mean:.1f}", (i, max(values)), xytext=(0, 5), textcoords="offset points", ha="center")
     axes.set_xticks(range(len(order)), [name.replace("_", "\n") for name in order])
-    axes.set_yscale("log")
+    axes.margins(y=0.12)
     axes.set_ylabel("held-out perplexity, mean over domains")
     axes.set_title("Attention experts (orange) against averaged attention (gray)")
 

@@ -54,7 +54,7 @@ def _common(config: Any) -> Fields:
         "eos_token_id",
     )
     fields = {name: getattr(config, name) for name in names if hasattr(config, name)}
-    fields["intermediate_size"] = config.intermediate_size
+    fields["intermediate_size"] = getattr(config, "ffn_hidden_size", None) or config.intermediate_size
     fields["num_key_value_heads"] = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     fields["head_dim"] = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     fields["rope_parameters"] = _rope(config)
@@ -153,6 +153,29 @@ def _gpt_neox(config: Any) -> Fields:
     return _common(config) | layout | {"qkv_bias": bias, "o_bias": bias, "mlp_bias": True, "mlp_gated": False}
 
 
+def _falcon(config: Any) -> Fields:
+    if config.alibi:
+        raise ValueError("falcon with alibi=True has no rotary embedding, which is not supported; others are")
+    two = config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2)
+    parallel = config.new_decoder_architecture or config.parallel_attn
+    layout = {
+        "norm": "layer",
+        "norm_bias": True,
+        "norm_eps": config.layer_norm_epsilon,
+        "block": "parallel_two_norms" if two else "parallel" if parallel else "sequential",
+        "hidden_act": config.activation,
+        "mlp_gated": False,
+        "num_key_value_heads": _falcon_groups(config),
+    }
+    return _common(config) | layout | dict.fromkeys(("qkv_bias", "o_bias", "mlp_bias"), bool(config.bias))
+
+
+def _falcon_groups(config: Any) -> int:
+    if config.new_decoder_architecture:
+        return int(config.num_kv_heads)
+    return 1 if config.multi_query else int(config.num_attention_heads)
+
+
 def _mixtura(config: Any) -> Fields:
     skipped = {"transformers_version", "architectures", "model_type", "dtype", "_name_or_path"}
     return {k: copy.deepcopy(v) for k, v in config.to_dict().items() if k not in skipped}
@@ -221,6 +244,34 @@ def _neox_name(name: str) -> str:
     return name
 
 
+def _falcon_tensor(name: str, source: Source, config: Any) -> Tensor:
+    """Falcon stores, key/value head by key/value head, its queries, its key and its value."""
+    rows = {"q_proj": slice(0, -2), "k_proj": slice(-2, -1), "v_proj": slice(-1, None)}
+    groups, head = _falcon_groups(config), config.hidden_size // config.num_attention_heads
+    for part, which in rows.items():
+        if f".{part}." in name:
+            fused = source(_falcon_name(name.replace(part, "query_key_value"), config))
+            return fused.view(groups, -1, head, *fused.shape[1:])[:, which].flatten(0, 2)
+    return source(_falcon_name(name, config))
+
+
+def _falcon_name(name: str, config: Any) -> str:
+    renames = {
+        "model.embed_tokens": "transformer.word_embeddings",
+        "model.norm": "transformer.ln_f",
+        "model.layers": "transformer.h",
+        "self_attn.o_proj": "self_attention.dense",
+        "self_attn": "self_attention",
+        "mlp.up_proj": "mlp.dense_h_to_4h",
+        "mlp.down_proj": "mlp.dense_4h_to_h",
+    }
+    if config.new_decoder_architecture and config.num_ln_in_parallel_attn in (None, 2):
+        renames |= {"input_layernorm": "ln_attn", "post_attention_layernorm": "ln_mlp"}
+    for ours, theirs in renames.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
 PHI_NAMES = {
     "model.norm": "model.final_layernorm",
     "self_attn.o_proj": "self_attn.dense",
@@ -243,5 +294,6 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi-3", _llama, _phi3_tensor),
     "cohere": Family("Cohere", _cohere, _cohere_tensor),
     "gpt_neox": Family("GPT-NeoX", _gpt_neox, _gpt_neox_tensor),
+    "falcon": Family("Falcon", _falcon, _falcon_tensor),
     "mixtura": Family("a dense mixtura model", _mixtura),
 }

@@ -7,6 +7,8 @@ with a reason (:func:`why_not`). Some structures fit after folding, which change
 - a constant factor on the embedding goes into the embedding, which is then no longer tied to the head;
 - LayerNorm is RMS norm of a vector whose mean is zero. Taking the mean off everything that writes into the residual stream
   (embedding, attention output, feed-forward output) keeps it zero, so OLMo's norm becomes an RMS norm, exactly.
+
+Shared experts go to Qwen2-MoE. DeepSeek's own families have latent attention, which plain attention is not a case of.
 """
 
 import copy
@@ -48,7 +50,14 @@ class Native:
 
 
 def native_family(config: MixturaConfig) -> str | None:
-    """The transformers family that a mixture can be written as, or None: then it is a ``MixturaForCausalLM``."""
+    """The transformers family that a mixture can be written as, or None: then it is a ``MixturaForCausalLM``.
+
+    Example:
+        >>> native_family(MixturaConfig(num_experts=8)), native_family(MixturaConfig(num_experts=8, qkv_bias=True))
+        ('mixtral', 'qwen2_moe')
+        >>> print(native_family(MixturaConfig(num_experts=8, attention="mixture", attention_experts=8)))
+        None
+    """
     return next((family for family in NATIVE if why_not(family, config) is None), None)
 
 
@@ -113,12 +122,15 @@ def build(
 
 
 def _fill(model: PreTrainedModel, tensor: Source) -> None:
-    tied = model.config.tie_word_embeddings
+    tied, device = model.config.tie_word_embeddings, None
     for name, empty in list(model.named_parameters()):
         if tied and name == "lm_head.weight":
             continue
         value = tensor(name)
         assert value.shape == empty.shape, f"{name}: {tuple(value.shape)} for {tuple(empty.shape)}"
+        # Routers are drawn where the generator lives; everything goes where the embedding came from.
+        device = device or value.device
+        value = value.to(device)
         owner, _, leaf = name.rpartition(".")
         setattr(
             model.get_submodule(owner), leaf, nn.Parameter(value.contiguous(), requires_grad=value.is_floating_point())
@@ -127,7 +139,7 @@ def _fill(model: PreTrainedModel, tensor: Source) -> None:
         del value
     model.tie_weights()
     # The only buffers are the rotary frequencies, which are computed and never stored.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=model.config).to(device)
 
 
 def _native_shell(config: MixturaConfig, family: str) -> PreTrainedModel:

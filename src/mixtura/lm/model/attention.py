@@ -122,6 +122,7 @@ class _AttentionCore(nn.Module):
         if self.rotates and position_embeddings is not None:
             query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if past_key_values is not None:
+            _check_heads(past_key_values, self.layer_idx, key.shape[1])
             key, value = past_key_values.update(key, value, self.layer_idx)
         engine: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
@@ -136,6 +137,16 @@ class _AttentionCore(nn.Module):
             scaling=self.scaling,
             sliding_window=self.config.sliding_window,
             **kwargs,
+        )
+
+
+def _check_heads(cache: Any, layer_idx: int, heads: int) -> None:
+    layers = getattr(cache, "layers", [])
+    kept = getattr(layers[layer_idx], "keys", None) if layer_idx < len(layers) else None
+    if kept is not None and kept.dim() == 4 and kept.shape[1] != heads:
+        raise ValueError(
+            f"past_key_values holds {kept.shape[1]} key/value heads in layer {layer_idx}, this model has {heads}: it is the "
+            "cache of a model with another number of attention experts; start from an empty one"
         )
 
 

@@ -152,6 +152,11 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
     In training with labels, or with ``output_router_logits``, ``loss`` is the mean token loss plus, summed over the layers
     with experts, ``router_aux_loss_coef`` times the load-balance loss and ``router_z_loss_coef`` times the z loss;
     ``aux_loss`` is what was added. A gate of attention experts is soft and needs neither.
+
+    Example:
+        >>> config = MixturaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_experts=4)
+        >>> MixturaForCausalLM(config)(torch.tensor([[3, 1, 4]])).logits.shape
+        torch.Size([1, 3, 64])
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012

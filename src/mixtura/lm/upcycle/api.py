@@ -54,6 +54,14 @@ def upcycle(
         ValueError: unknown method, top_k above the experts, a mixture instead of a dense model, an unknown family, quantized
             weights, branches that differ; the message names what came and what would do.
         TypeError: an option that the method does not have, or one model where several are needed.
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+        >>> dense = LlamaForCausalLM(tiny)
+        >>> type(upcycle(dense, n_experts=4)).__name__
+        'MixtralForCausalLM'
+        >>> type(upcycle(dense, method="fine-grained", segments=4, shared=1)).__name__
+        'Qwen2MoeForCausalLM'
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")

@@ -154,6 +154,12 @@ def mix(
     Raises:
         ValueError: fewer than two models, more experts a token than models, or models that differ: the first differing field
             and both values are named.
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> tiny = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
+        >>> mixture = mix({"seed": LlamaForCausalLM(tiny), "code": LlamaForCausalLM(tiny)})
+        >>> mixture.config.attention_experts, mixture.model.layers[0].self_attn.q_proj.shape
+        (2, torch.Size([2, 32, 32]))
     """
     if len(models) < 2:
         raise ValueError(f"models must hold at least 2 models (the specialists and their seed), got {len(models)}")
