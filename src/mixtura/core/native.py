@@ -57,10 +57,7 @@ def skinny(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int, int]]) -> 
     """
     library = _library()
     assert not isinstance(library, str), library
-    x_SK = x.to(torch.float32)
-    if weight.dtype == torch.bfloat16:  # a vector of pairs becomes its even entries, then its odd ones
-        x_SK = x_SK.view(len(x), -1, library.skinny_lanes(), 2).transpose(2, 3)
-    x_SK = x_SK.contiguous()
+    x_SK = x.contiguous()
     y_SN = torch.empty(x.shape[0], weight.shape[1])
     flat = [number for span in spans for number in span]
     call = getattr(library, _SYMBOLS[weight.dtype])

@@ -31,7 +31,7 @@ Span = tuple[int, int, int]
 
 _FEW_ROWS_BF16 = 32  # from here on the weight goes first
 _FEW_ROWS_F32 = 3  # from here on oneDNN
-_SKINNY_ROWS = 12  # mean rows an expert up to which `native.skinny` wins
+_SKINNY_ROWS = 24  # mean rows an expert up to which `native.skinny` wins
 _BLOCKS = 8  # row blocks of a matrix-vector product; more than cores, so that no core waits for long
 _LARGE_BYTES = 4 << 20  # from here on fresh memory comes in large pages
 
