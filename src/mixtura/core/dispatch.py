@@ -29,7 +29,9 @@ from mixtura.core import products
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "ExpertStack", "dispatch", "experts_forward", "gated", "why_not"]
 
-_BLOCK_ROWS = 256  # experts with few rows share a block up to this size: fewer calls, and it stays in the cache
+# Experts with few rows share a block of about so many: fewer calls, and it stays in the cache.
+_FEW_ROWS = 32
+_BLOCK_ROWS = 256
 
 RowFunction = Callable[[Tensor], Tensor]  # acts on each row of (M, ...) alone
 
@@ -190,21 +192,21 @@ class _Groups:
         order = flat.argsort(stable=True)  # sentinels are the largest index: they end up behind all experts
         counts = torch.bincount(flat, minlength=n_experts + 1)[:n_experts].tolist()
         n_rows = sum(counts)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device).clamp(max=n_rows)
+        places = order.argsort().clamp_(max=n_rows)
         pairs = order[:n_rows]
         return cls(pairs, pairs // max(k, 1), places.view(n_tokens, k), counts)
 
     def blocks(self) -> Iterator[tuple[slice, list[products.Span]]]:
-        """Rows of one expert or of several small ones, with each one's span inside the block."""
+        """Rows of one expert or of several small ones in a row, with each one's span inside the block."""
         first = stop = 0
         spans: list[products.Span] = []
         for e, count in enumerate(self.counts):
-            if count and spans and stop + count - first > _BLOCK_ROWS:
+            if not count:
+                continue
+            if spans and (count > _FEW_ROWS or stop - first >= _BLOCK_ROWS or spans[-1][2] - spans[-1][1] > _FEW_ROWS):
                 yield slice(first, stop), spans
                 first, spans = stop, []
-            if count:
-                spans.append((e, stop - first, stop - first + count))
+            spans.append((e, stop - first, stop - first + count))
             stop += count
         if spans:
             yield slice(first, stop), spans
@@ -356,8 +358,9 @@ def _check(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> N
     for name, bias in (("up_bias", stack.up_bias), ("down_bias", stack.down_bias)):
         if bias is not None and (bias.dim() != 2 or len(bias) != n_experts):
             raise ValueError(f"{name} must have shape (E={n_experts}, rows), got {tuple(bias.shape)}")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) <= n_experts:
-        raise ValueError(
-            f"indices must be in [0, {n_experts}], where {n_experts} skips the pair, "
-            f"got {int(indices.min())} to {int(indices.max())}"
-        )
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high > n_experts:
+            raise ValueError(
+                f"indices must be in [0, {n_experts}], where {n_experts} skips the pair, got {low} to {high}"
+            )
