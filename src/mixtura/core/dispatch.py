@@ -221,8 +221,10 @@ def _run(stack: ExpertStack, groups: _Groups, x: Tensor, weights: Tensor, kept: 
         if kept is not None:
             kept.append(u_MO)
         h_MH = stack.inner(u_MO)
-        out_MD = products.grouped_linear(h_MH, stack.down, stack.down_bias, spans, transposed=stack.transposed)
-        rows_SD[rows] = out_MD if stack.finish is None else stack.finish(out_MD)
+        y_MD = rows_SD[rows]
+        products.grouped_linear(h_MH, stack.down, stack.down_bias, spans, transposed=stack.transposed, out=y_MD)
+        if stack.finish is not None:
+            rows_SD[rows] = stack.finish(y_MD)
     if len(groups.pairs) < weights.numel():  # a sentinel's weight may be anything, also infinite
         weights = weights.masked_fill(groups.places == len(groups.pairs), 0.0)
     return products.gather_sum(rows_SD, groups.places, weights)

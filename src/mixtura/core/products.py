@@ -3,8 +3,6 @@
 A mixture multiplies few rows by many different matrices, each used once a step: the opposite of what general matrix
 products are tuned for. Measured on two cores of an AMD Zen 4 (benchmarks/experts_forward.py), what counts is
 
-- never to rearrange a weight: oneDNN rearranges its *second* operand for bfloat16, so from 32 rows on the weight goes
-  first and the few rows second;
 - float32 through oneDNN, which is faster there than MKL from 3 rows on;
 - few rows by `native.skinny`, at the speed of memory. Without it, one float32 row as a batch of row blocks: MKL runs a
   single matrix-vector product on one core only, at half the memory's speed;
@@ -29,7 +27,6 @@ __all__ = ["Span", "gather_sum", "grouped_linear", "grouped_times", "transposed_
 
 Span = tuple[int, int, int]
 
-_FEW_ROWS_BF16 = 32  # from here on the weight goes first
 _FEW_ROWS_F32 = 3  # from here on oneDNN
 _SKINNY_ROWS = 24  # mean rows an expert up to which `native.skinny` wins
 _BLOCKS = 8  # row blocks of a matrix-vector product; more than cores, so that no core waits for long
@@ -37,7 +34,13 @@ _LARGE_BYTES = 4 << 20  # from here on fresh memory comes in large pages
 
 
 def grouped_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, spans: Sequence[Span], *, transposed: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    spans: Sequence[Span],
+    *,
+    transposed: bool = False,
+    out: Tensor | None = None,
 ) -> Tensor:
     """x[start:stop] @ weight[e].T + bias[e] for every span, shape (S, N).
 
@@ -45,19 +48,20 @@ def grouped_linear(
         x: shape (S, K); every row in exactly one span.
         weight: shape (E, N, K); (E, K, N) when transposed.
         bias: shape (E, N).
+        out: where to write the result, shape (S, N).
     """
     if not transposed and len(x) <= _SKINNY_ROWS * len(spans) and native.why_not(x, weight) is None:
         y_SN = native.skinny(x, weight, spans)
-    elif len(spans) == 1:
+    elif len(spans) == 1 and out is None:
         y_SN = _linear(x, _matrix(weight, spans[0][0], x, transposed))
     else:
-        y_SN = x.new_empty(len(x), weight.shape[2 if transposed else 1])
+        y_SN = x.new_empty(len(x), weight.shape[2 if transposed else 1]) if out is None else out
         for e, start, stop in spans:
-            y_SN[start:stop] = _linear(x[start:stop], _matrix(weight, e, x, transposed))
+            _linear_into(y_SN[start:stop], x[start:stop], _matrix(weight, e, x, transposed))
     if bias is not None:
         for e, start, stop in spans:
             y_SN[start:stop] += bias[e].to(x.dtype)
-    return y_SN
+    return y_SN if out is None or y_SN is out else out.copy_(y_SN)
 
 
 def grouped_times(y: Tensor, weight: Tensor, spans: Sequence[Span], *, transposed: bool = False) -> Tensor:
@@ -117,13 +121,20 @@ def _linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return F.linear(x, weight)
     if x.dtype == torch.bfloat16:
-        return torch.mm(weight, x.T).T if n_rows >= _FEW_ROWS_BF16 else F.linear(x, weight)
+        return F.linear(x, weight)
     if n_rows == 1 and n_out % _BLOCKS == 0 and weight.stride(1) == 1:
         blocks = weight.view(_BLOCKS, n_out // _BLOCKS, -1)
         return torch.bmm(blocks, x.T.expand(_BLOCKS, -1, -1)).view(1, n_out)
     if n_rows >= _FEW_ROWS_F32 and _onednn_float32(x):
         return _onednn_linear(x, weight)
     return torch.mm(weight, x.T).T
+
+
+def _linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    if x.dtype == torch.bfloat16:
+        torch.mm(x, weight.T, out=out)
+    else:
+        out.copy_(_linear(x, weight))
 
 
 def _onednn_float32(x: Tensor) -> bool:
