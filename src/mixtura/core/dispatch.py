@@ -29,6 +29,10 @@ from mixtura.core import products
 
 __all__ = ["ACTIVATIONS", "BACKENDS", "ExpertStack", "dispatch", "experts_forward", "gated", "why_not"]
 
+# Experts with few rows share a block of about so many: fewer calls, and it stays in the cache.
+_FEW_ROWS = 32
+_BLOCK_ROWS = 256
+
 RowFunction = Callable[[Tensor], Tensor]  # acts on each row of (M, ...) alone
 
 ACTIVATIONS: dict[str, RowFunction] = {
@@ -57,14 +61,6 @@ class ExpertStack:
     @property
     def n_experts(self) -> int:
         return self.up.shape[0]
-
-    def up_weight(self, e: int) -> Tensor:
-        """Matrix of expert e as a linear layer holds it, shape (O, D). A view."""
-        return self.up[e].T if self.transposed else self.up[e]
-
-    def down_weight(self, e: int) -> Tensor:
-        """Matrix of expert e as a linear layer holds it, shape (D, H). A view."""
-        return self.down[e].T if self.transposed else self.down[e]
 
 
 def gated(activation: RowFunction) -> RowFunction:
@@ -152,10 +148,11 @@ def _loop(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> Te
     y_TD = torch.zeros_like(x, dtype=_sum_dtype(x))
     for e in range(stack.n_experts):
         token, place = torch.where(indices == e)
-        up_bias = None if stack.up_bias is None else stack.up_bias[e]
-        down_bias = None if stack.down_bias is None else stack.down_bias[e]
-        h_MH = stack.inner(F.linear(x[token], stack.up_weight(e), up_bias))
-        out_MD = F.linear(h_MH, stack.down_weight(e), down_bias)
+        up, down = stack.up[e], stack.down[e]
+        if stack.transposed:
+            up, down = up.T, down.T
+        h_MH = stack.inner(F.linear(x[token], up, None if stack.up_bias is None else stack.up_bias[e]))
+        out_MD = F.linear(h_MH, down, None if stack.down_bias is None else stack.down_bias[e])
         if stack.finish is not None:
             out_MD = stack.finish(out_MD)
         y_TD = y_TD.index_add(0, token, (weights[token, place, None] * out_MD).to(y_TD.dtype))
@@ -195,30 +192,39 @@ class _Groups:
         order = flat.argsort(stable=True)  # sentinels are the largest index: they end up behind all experts
         counts = torch.bincount(flat, minlength=n_experts + 1)[:n_experts].tolist()
         n_rows = sum(counts)
-        places = torch.empty_like(order)
-        places[order] = torch.arange(len(order), device=order.device).clamp(max=n_rows)
+        places = order.argsort().clamp_(max=n_rows)
         pairs = order[:n_rows]
         return cls(pairs, pairs // max(k, 1), places.view(n_tokens, k), counts)
 
-    def blocks(self) -> Iterator[tuple[int, slice]]:
-        """Each expert that has rows, with their span."""
-        start = 0
+    def blocks(self) -> Iterator[tuple[slice, list[products.Span]]]:
+        """Rows of one expert or of several small ones in a row, with each one's span inside the block."""
+        first = stop = 0
+        spans: list[products.Span] = []
         for e, count in enumerate(self.counts):
-            if count:
-                yield e, slice(start, start + count)
-            start += count
+            if not count:
+                continue
+            if spans and (count > _FEW_ROWS or stop - first >= _BLOCK_ROWS or spans[-1][2] - spans[-1][1] > _FEW_ROWS):
+                yield slice(first, stop), spans
+                first, spans = stop, []
+            spans.append((e, stop - first, stop - first + count))
+            stop += count
+        if spans:
+            yield slice(first, stop), spans
 
 
 def _run(stack: ExpertStack, groups: _Groups, x: Tensor, weights: Tensor, kept: list[Tensor] | None = None) -> Tensor:
     """The mixture's output; appends the up product of each expert that has rows to ``kept``."""
     rows_SD = _row_buffer(groups, x)
-    for e, span in groups.blocks():
-        x_MD = x.index_select(0, groups.tokens[span])
-        u_MO = products.linear(x_MD, stack.up_weight(e), _of(stack.up_bias, e))
+    for rows, spans in groups.blocks():
+        x_MD = x.index_select(0, groups.tokens[rows])
+        u_MO = products.grouped_linear(x_MD, stack.up, stack.up_bias, spans, transposed=stack.transposed)
         if kept is not None:
             kept.append(u_MO)
-        out_MD = products.linear(stack.inner(u_MO), stack.down_weight(e), _of(stack.down_bias, e))
-        rows_SD[span] = out_MD if stack.finish is None else stack.finish(out_MD)
+        h_MH = stack.inner(u_MO)
+        y_MD = rows_SD[rows]
+        products.grouped_linear(h_MH, stack.down, stack.down_bias, spans, transposed=stack.transposed, out=y_MD)
+        if stack.finish is not None:
+            rows_SD[rows] = stack.finish(y_MD)
     if len(groups.pairs) < weights.numel():  # a sentinel's weight may be anything, also infinite
         weights = weights.masked_fill(groups.places == len(groups.pairs), 0.0)
     return products.gather_sum(rows_SD, groups.places, weights)
@@ -254,52 +260,50 @@ class _Grouped(torch.autograd.Function):
         x, up, down, up_bias, down_bias, weights, *rest = ctx.saved_tensors
         parameters, kept = rest[: ctx.n_parameters], rest[ctx.n_parameters :]
         groups: _Groups = ctx.groups
-        stack: ExpertStack = replace(ctx.stack, up=up, down=down)
+        stack: ExpertStack = replace(ctx.stack, up=up, down=down, up_bias=up_bias, down_bias=down_bias)
+        back, flip = products.grouped_times, stack.transposed
         wants_x, wants_up, wants_down, wants_up_bias, wants_down_bias, wants_weights = ctx.needs_input_grad[2:8]
-        grad_up = _grad_like(up, groups) if wants_up else None
-        grad_down = _grad_like(down, groups) if wants_down else None
+        grad_up = products.zeros_like(up) if wants_up else None
+        grad_down = products.zeros_like(down) if wants_down else None
         grad_up_bias = torch.zeros_like(up_bias) if wants_up_bias else None
         grad_down_bias = torch.zeros_like(down_bias) if wants_down_bias else None
         grad_weights = weights.new_zeros(weights.shape) if wants_weights else None
         grad_parameters = [torch.zeros_like(p) if p.requires_grad else None for p in parameters]
         rows_SD = _row_buffer(groups, x)
-        for (e, span), u_MO in zip(groups.blocks(), kept, strict=True):
-            grad_MD = grad_y.index_select(0, groups.tokens[span])
-            pairs_M = groups.pairs[span]
+        for (rows, spans), u_MO in zip(groups.blocks(), kept, strict=True):
+            grad_MD = grad_y.index_select(0, groups.tokens[rows])
+            pairs_M = groups.pairs[rows]
             weights_M1 = weights.reshape(-1)[pairs_M].unsqueeze(-1).to(x.dtype)
             with torch.enable_grad():
                 u_MO = u_MO.detach().requires_grad_()
                 h_MH = stack.inner(u_MO)
-            if stack.finish is None:
+            if stack.finish is None and down_bias is None:
                 # <grad, down @ h> = <grad @ down, h>: the expert's output itself is not needed.
                 grad_out_MD = grad_MD * weights_M1
-                grad_h_MH = products.times(grad_MD, stack.down_weight(e))
+                grad_h_MH = back(grad_MD, down, spans, transposed=flip)
                 grad_weights_M = (grad_h_MH * h_MH.detach()).sum(-1, dtype=_sum_dtype(x))
-                if down_bias is not None:
-                    grad_weights_M += grad_MD.to(_sum_dtype(x)) @ down_bias[e].to(_sum_dtype(x))
-                grad_h_MH = grad_h_MH.mul_(weights_M1)
+                grad_h_MH = grad_h_MH * weights_M1
             else:
-                out_MD = products.linear(h_MH.detach(), stack.down_weight(e), _of(down_bias, e))
+                out_MD = products.grouped_linear(h_MH.detach(), down, down_bias, spans, transposed=flip)
                 with torch.enable_grad():
-                    out_MD.requires_grad_()
-                    finished_MD = stack.finish(out_MD)
+                    out_MD = out_MD.detach().requires_grad_()
+                    finished_MD = out_MD if stack.finish is None else stack.finish(out_MD)
                 grad_weights_M = (grad_MD * finished_MD.detach()).sum(-1, dtype=_sum_dtype(x))
                 grad_out_MD = _back(finished_MD, out_MD, grad_MD * weights_M1, parameters, grad_parameters)
-                grad_h_MH = products.times(grad_out_MD, stack.down_weight(e))
+                grad_h_MH = back(grad_out_MD, down, spans, transposed=flip)
+            grad_u_MO = _back(h_MH, u_MO, grad_h_MH, parameters, grad_parameters)
             if grad_weights is not None:
                 grad_weights.view(-1)[pairs_M] = grad_weights_M.to(weights.dtype)
             if grad_down is not None:
-                _write_weight_grad(grad_down[e], grad_out_MD, h_MH.detach(), stack.transposed)
-            if grad_down_bias is not None:
-                grad_down_bias[e] = grad_out_MD.sum(0)
-            grad_u_MO = _back(h_MH, u_MO, grad_h_MH, parameters, grad_parameters)
+                _weight_grads(grad_down, grad_out_MD, h_MH.detach(), spans, flip)
             if grad_up is not None:
-                x_MD = x.index_select(0, groups.tokens[span])
-                _write_weight_grad(grad_up[e], grad_u_MO, x_MD, stack.transposed)
-            if grad_up_bias is not None:
-                grad_up_bias[e] = grad_u_MO.sum(0)
+                _weight_grads(grad_up, grad_u_MO, x.index_select(0, groups.tokens[rows]), spans, flip)
+            for total, grad in ((grad_up_bias, grad_u_MO), (grad_down_bias, grad_out_MD)):
+                if total is not None:
+                    for e, start, stop in spans:
+                        total[e] = grad[start:stop].sum(0)
             if wants_x:
-                rows_SD[span] = products.times(grad_u_MO, stack.up_weight(e))
+                rows_SD[rows] = back(grad_u_MO, up, spans, transposed=flip)
         grad_x = products.gather_sum(rows_SD, groups.places) if wants_x else None
         found = (grad_x, grad_up, grad_down, grad_up_bias, grad_down_bias, grad_weights, *grad_parameters)
         return (None, None, *found)  # nothing for the stack and the groups
@@ -315,28 +319,16 @@ def _row_buffer(groups: _Groups, x: Tensor) -> Tensor:
     return rows_SD
 
 
-def _of(bias: Tensor | None, e: int) -> Tensor | None:
-    return None if bias is None else bias[e]
-
-
 def _sum_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _grad_like(weight: Tensor, groups: _Groups) -> Tensor:
-    # Zeros only where no row will write: touching every gradient twice costs as much as a product of a few rows.
-    grad = torch.empty_like(weight)
-    for e, count in enumerate(groups.counts):
-        if not count:
-            grad[e].zero_()
-    return grad
-
-
-def _write_weight_grad(grad: Tensor, grad_out_MN: Tensor, x_MK: Tensor, transposed: bool) -> None:
-    if transposed:
-        products.transposed_times(x_MK, grad_out_MN, grad)
-    else:
-        products.transposed_times(grad_out_MN, x_MK, grad)
+def _weight_grads(
+    grad: Tensor, grad_out_MN: Tensor, x_MK: Tensor, spans: Sequence[products.Span], transposed: bool
+) -> None:
+    left, right = (x_MK, grad_out_MN) if transposed else (grad_out_MN, x_MK)
+    for e, start, stop in spans:
+        products.transposed_times(left[start:stop], right[start:stop], grad[e])
 
 
 def _back(
@@ -368,8 +360,9 @@ def _check(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> N
     for name, bias in (("up_bias", stack.up_bias), ("down_bias", stack.down_bias)):
         if bias is not None and (bias.dim() != 2 or len(bias) != n_experts):
             raise ValueError(f"{name} must have shape (E={n_experts}, rows), got {tuple(bias.shape)}")
-    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) <= n_experts:
-        raise ValueError(
-            f"indices must be in [0, {n_experts}], where {n_experts} skips the pair, "
-            f"got {int(indices.min())} to {int(indices.max())}"
-        )
+    if indices.numel():
+        low, high = (int(bound) for bound in indices.aminmax())
+        if low < 0 or high > n_experts:
+            raise ValueError(
+                f"indices must be in [0, {n_experts}], where {n_experts} skips the pair, got {low} to {high}"
+            )
