@@ -17,10 +17,11 @@ from torch import Tensor
 from mixtura.core.checkpoint import read_json, write_json
 from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus
-from mixtura.lm.cost import model_size
+from mixtura.lm.cost import Size, model_size
 from mixtura.lm.evaluate import token_losses
+from mixtura.lm.families import read_dense
 from mixtura.lm.generation import Decode, generate, speed
-from mixtura.lm.loading import directory_bytes, load, save
+from mixtura.lm.loading import directory_bytes, load, load_tokenizer, save
 from mixtura.lm.tokens import blocks
 from mixtura.lm.training import train
 
@@ -148,27 +149,28 @@ def live(
     if len(domains) < 2:
         raise ValueError(f"a mixture needs at least two domains, got {list(domains)}; give --text twice or more")
     life = Life(config=config, base=str(source))
-    seed_model, tokenizer = load(source, dtype=torch.bfloat16, device=device)
+    tokenizer = load_tokenizer(source)
     run = _prepare(source, domains, tokenizer, out, config, device)
 
-    def measured(name: str, path: Path | str, made: Meter | None = None, model: Any = None, total: int = 0) -> Any:
-        stage, model = _measure(run, name, path, made, model, total)
+    def measured(name: str, path: Path, made: Meter | None = None, model: Any = None, size: Size | None = None) -> Any:
+        stage, model = _measure(run, name, path, made, model, size)
         life.stages.append(stage)
         if on_stage is not None:
             on_stage(stage)
         return model
 
-    measured("dense", source, model=seed_model)
-    del seed_model
-    specialists = {SEED_NAME: Path(source)}
+    # In bfloat16 like everything after it, so that stages differ by what was done and not by their type.
+    dense, _ = _once(run, "dense", lambda: load(source, dtype=torch.bfloat16)[0], "The dense model, in bfloat16.")
+    read_dense(dense)  # a family that cannot be upcycled is refused before anything is trained
+    measured("dense", dense)
+    specialists = {SEED_NAME: dense}
     for name in domains:
-        path, meter = _specialist(run, source, name)
+        path, meter = _specialist(run, dense, name)
         specialists[name] = path
-        del_model = measured(f"branch: {name}", path, meter)
-        del del_model
+        measured(f"branch: {name}", path, meter)
     mixtures = {}
     for method in ("copy", "shared-kv", "expert-kv"):
-        path, made = _upcycled(run, source, specialists, method)
+        path, made = _upcycled(run, dense, specialists, method)
         measured(f"upcycle: {method}", path, made)
         mixtures[method], made = _trained(run, path, method)
         measured(f"train: {method}", mixtures[method], made)
@@ -238,7 +240,7 @@ def _card(run: _Run, name: str, recipe: str) -> dict[str, Any]:
     }
 
 
-def _specialist(run: _Run, source: str | Path, name: str) -> tuple[Path, Meter]:
+def _specialist(run: _Run, source: Path, name: str) -> tuple[Path, Meter]:
     def make() -> Any:
         model, _ = load(source, dtype=torch.float32, device=run.device)
         others = len(run.domains) - 1
@@ -249,7 +251,7 @@ def _specialist(run: _Run, source: str | Path, name: str) -> tuple[Path, Meter]:
     return _once(run, f"branch-{name}", make, f"A copy of the dense model, trained on {name}.")
 
 
-def _upcycled(run: _Run, source: str | Path, specialists: Mapping[str, Path], method: str) -> tuple[Path, Meter]:
+def _upcycled(run: _Run, source: Path, specialists: Mapping[str, Path], method: str) -> tuple[Path, Meter]:
     from mixtura.lm import upcycle
 
     def make() -> Any:
@@ -307,7 +309,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
 
     with Meter() as meter:
         model, _ = load(out / "mixture", dtype=torch.bfloat16, device=run.device)
-        total = model_size(model).total
+        size = model_size(model)  # packed weights are no parameters any more
         small = compress(
             model,
             run.tokenizer,
@@ -324,10 +326,10 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
             out / "compressed",
             card=_card(run, "compressed", "Experts at 1 to 3 bits, rest at 4."),
         )
-    small = measured("compress", out / "compressed", meter, total=total)
+    small = measured("compress", out / "compressed", meter, size=size)
     with Meter() as meter:
         pruned = compress(small, run.tokenizer, run.train_texts(), bits=None, prune=0.02, inplace=True, samples=8)
-    measured("compress + prune", out / "compressed", meter, model=pruned, total=total)
+    measured("compress + prune", out / "compressed", meter, model=pruned, size=size)
     life.prompt = "def is_prime(n):\n"
     options: dict[Decode, dict[str, Any]] = {
         "greedy": {},
@@ -343,21 +345,20 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
     life.allocation = [block.experts.bits.tolist() for block in find_moe(small)]
 
 
-def _measure(run: _Run, name: str, path: Path | str, made: Meter | None, model: Any, total: int) -> tuple[Stage, Any]:
+def _measure(run: _Run, name: str, path: Path, made: Meter | None, model: Any, size: Size | None) -> tuple[Stage, Any]:
     with Meter() as meter:
         if model is None:
             model, _ = load(path, dtype=torch.bfloat16, device=run.device)
         losses = {n: token_losses(model, rows, batch_size=4) for n, rows in run.held_out.items()}
         first = next(iter(run.held_out.values()))
         pace = speed(model, first[:1])
-    size = model_size(model)
-    disk = directory_bytes(path) or sum(p.numel() * p.element_size() for p in model.parameters())
-    whole = total or size.total
+    size = size or model_size(model)
+    disk = directory_bytes(path)
     stage = Stage(
         name=name,
-        total=whole,
+        total=size.total,
         active=size.active,
-        bits=8 * disk / whole,
+        bits=8 * disk / size.total,
         disk=disk,
         memory=max(meter.peak_bytes, made.peak_bytes if made else 0),
         seconds=made.seconds if made else 0.0,
