@@ -24,6 +24,10 @@ from mixtura.lm.model.attention import MixturaRotaryEmbedding
 
 N, BAR_FORWARD, BAR_DECODE = 4, 1.15, 1.5
 SHAPES = ((1, 128, 512, 8), (4, 256, 512, 8), (1, 512, 1024, 16), (1, 1024, 576, 9))  # batch, positions, width, heads
+WHY = (
+    "Sixteen tokens after 256 contain the prompt. On one CPU thread its products count, and the blocks with four attentions "
+    "have 2.2 times the active weights of those with one; on the paper's accelerators a prompt of 256 costs next to nothing."
+)
 PAPER = {
     "hidden_size": 1024,
     "num_hidden_layers": 6,
@@ -122,12 +126,17 @@ def main() -> None:
     torch.manual_seed(0)
     rows = [forward(*shape) for shape in SHAPES]
     decoded = [decode(32_000), decode(256_000)]
-    worst = max(row["ratio"].median for row in rows)
-    slowest = decoded[-1]["bam over btx"].median
-    print(f"forward bar {BAR_FORWARD}: {worst:.2f}; decode bar {BAR_DECODE}: {slowest:.2f}")
-    reached = {"forward": worst <= BAR_FORWARD, "decode": slowest <= BAR_DECODE}
-    bars = {"forward": BAR_FORWARD, "decode": BAR_DECODE}
-    write_record("attention_mixture", {"bars": bars, "reached": reached, "forward": rows, "decode": decoded})
+    judged = {
+        "forward": (max(row["ratio"].median for row in rows), BAR_FORWARD),
+        "one token after 256": (decoded[-1]["one token"]["bam"].median, BAR_DECODE),
+        "16 tokens after 256": (decoded[-1]["bam over btx"].median, BAR_DECODE),
+    }
+    for name, (value, bar) in judged.items():
+        print(f"{name}: {value:.2f}, bar {bar}: {'reached' if value <= bar else 'MISSED'}")
+    reached = {name: value <= bar for name, (value, bar) in judged.items()}
+    bars = {name: bar for name, (_, bar) in judged.items()}
+    payload = {"bars": bars, "reached": reached, "why": WHY, "forward": rows, "decode": decoded}
+    write_record("attention_mixture", payload)
 
 
 if __name__ == "__main__":
