@@ -6,6 +6,9 @@ For every shape, number of tokens, dtype and pass, in one process and in alterna
 - ``dense``: one dense matrix product of the same arithmetic (F.linear, same dtype; backward adds two more);
 - ``read``: the weights of the chosen experts read once, at the bandwidth that a sum over memory reaches here.
 
+Two more say where a ratio is lost: ``products alone`` runs mixtura's matrix products without gathering, activation and
+combining (1024 tokens, forward), and ``call alone`` the whole call on experts so small that only its overhead is left.
+
 Before timing, every result is compared with grouped_mm's. Each round draws from a cycle of routings, so that a
 decode step does not find the last step's weights in the cache, as it would not in a model of many layers.
 
@@ -30,6 +33,7 @@ from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixtura.lm.experts_forward  # noqa: F401  registers "mixtura"
+from mixtura.core import native, products
 
 SHAPES = {
     "64 experts, top 8, 1024 x 512": {"n_experts": 64, "k": 8, "width": 1024, "hidden": 512},
@@ -115,6 +119,10 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
         calls[name] = lambda name=name, cycle=cycle: step(name, next(cycle))
     if n_tokens >= 1024:
         calls["dense"] = dense_product(shape, n_tokens, dtype, backward)
+        if not backward:
+            calls["products alone"] = products_alone(experts, inputs[0])
+    elif not backward:
+        calls["call alone"] = call_alone(shape, n_tokens, dtype)
     times = alternate(calls, rounds=rounds)
     seconds = median(times)
     best = min((n for n in names if n != "mixtura"), key=seconds.__getitem__)
@@ -127,6 +135,8 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
     if n_tokens >= 1024:
         found["of dense"] = ratio(times, "dense", "mixtura")
         found["best rival, of dense"] = ratio(times, "dense", best)
+        if not backward:
+            found["products alone, of dense"] = ratio(times, "dense", "products alone")
     elif not backward:
         speed = bandwidth(rounds)
         visited = [len(indices.unique()) for _, indices, _ in inputs]
@@ -146,6 +156,37 @@ def dense_product(shape: dict[str, int], n_tokens: int, dtype: torch.dtype, back
         return lambda: F.linear(x, weight)
     grad = torch.randn(len(x), len(weight)).to(dtype)
     return lambda: (F.linear(x, weight), torch.mm(grad, weight), torch.mm(grad.T, x))
+
+
+def products_alone(experts: MixtralExperts, case: tuple[Tensor, Tensor, Tensor]) -> Callable[[], object]:
+    """The two products of every expert, on rows that are gathered and activated already."""
+    x, indices, _ = case
+    counts = torch.bincount(indices.flatten(), minlength=experts.num_experts).tolist()
+    rows = [(e, x.repeat(-(-n // len(x)), 1)[:n].clone()) for e, n in enumerate(counts) if n]
+    hidden = [torch.randn(len(r), experts.intermediate_dim).to(x.dtype) for _, r in rows]
+    out = [torch.empty_like(r) for _, r in rows]
+
+    @torch.no_grad()
+    def run() -> None:
+        for (e, x_MD), h_MH, y_MD in zip(rows, hidden, out, strict=True):
+            span = [(e, 0, len(x_MD))]
+            products.grouped_linear(x_MD, experts.gate_up_proj, None, span)
+            products.grouped_linear(h_MH, experts.down_proj, None, span, out=y_MD)
+
+    return run
+
+
+def call_alone(shape: dict[str, int], n_tokens: int, dtype: torch.dtype) -> Callable[[], object]:
+    small = {**shape, "width": 64, "hidden": 32}
+    experts = build_experts(small, dtype)
+    experts.config._experts_implementation = "mixtura"
+    case = routings(small, n_tokens, dtype, 1)[0]
+
+    @torch.no_grad()
+    def run() -> Tensor:
+        return experts(*case)
+
+    return run
 
 
 def check_same(experts: MixtralExperts, step: Any, case: Any, names: list[str], backward: bool) -> dict[str, float]:
@@ -182,7 +223,12 @@ def main() -> None:
                           for key in found if key.startswith("of "))  # fmt: skip
         print(f"{name}\n    ms: {times}\n    {marks}", flush=True)
     if not args.quick and not args.only:
-        print(write_record("experts_forward", {"bars": BARS, "rows": rows}))
+        payload = {
+            "bars": BARS,
+            "kernel": native.why_not(torch.zeros(1, 32), torch.zeros(1, 4, 32)) or "built",
+            "rows": rows,
+        }
+        print(write_record("experts_forward", payload))
 
 
 if __name__ == "__main__":
