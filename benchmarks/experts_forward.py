@@ -13,6 +13,7 @@ Before timing, every result is compared with grouped_mm's. Each round draws from
 decode step does not find the last step's weights in the cache, as it would not in a model of many layers.
 
     python benchmarks/experts_forward.py            # all, writes docs/benchmarks/experts_forward.json
+    python benchmarks/experts_forward.py --busy     # on a machine with other work: one thread, processor time
     python benchmarks/experts_forward.py --quick    # fewer rounds, no record
 """
 
@@ -34,6 +35,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import mixtura.lm.experts_forward  # noqa: F401  registers "mixtura"
 from mixtura.core import native, products
+
+Clock = Callable[[], float]
 
 SHAPES = {
     "64 experts, top 8, 1024 x 512": {"n_experts": 64, "k": 8, "width": 1024, "hidden": 512},
@@ -85,14 +88,14 @@ def routings(shape: dict[str, int], n_tokens: int, dtype: torch.dtype, n: int) -
     return inputs
 
 
-def bandwidth(rounds: int) -> float:
-    """Bytes a second that all cores read from memory, larger than any cache."""
+def bandwidth(rounds: int, clock: Clock) -> float:
+    """Bytes a second that all threads read from memory, larger than any cache."""
     buffer = torch.ones(128 << 20)
-    seconds = alternate({"sum": buffer.sum}, rounds=rounds)["sum"]
+    seconds = alternate({"sum": buffer.sum}, rounds=rounds, clock=clock)["sum"]
     return buffer.numel() * 4 / min(seconds)
 
 
-def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds: int) -> dict[str, Any]:
+def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds: int, clock: Clock) -> dict[str, Any]:
     experts, shape = build(name, dtype).requires_grad_(backward), SHAPES[name]
     inputs = routings(shape, n_tokens, dtype, 8)
     names = [n for n in RIVALS if n != "batched_mm" or n_tokens <= BATCHED_MM_TOKENS] + ["mixtura"]
@@ -111,7 +114,8 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
         return y
 
     once = check_same(experts, step, inputs[0], names, backward)
-    hopeless = {n: s for n, s in once.items() if s > HOPELESS * min(once.values())}
+    fastest = min(once[n] for n in names if n != "mixtura")
+    hopeless = {n: s for n, s in once.items() if s > HOPELESS * fastest}
     names = [n for n in names if n not in hopeless]
     calls: dict[str, Callable[[], object]] = {}
     for name in names:
@@ -123,7 +127,7 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
             calls["products alone"] = products_alone(experts, inputs[0])
     elif not backward:
         calls["call alone"] = call_alone(shape, n_tokens, dtype)
-    times = alternate(calls, rounds=rounds)
+    times = alternate(calls, rounds=rounds, clock=clock)
     seconds = median(times)
     best = min((n for n in names if n != "mixtura"), key=seconds.__getitem__)
     found: dict[str, Any] = {
@@ -138,7 +142,7 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
         if not backward:
             found["products alone, of dense"] = ratio(times, "dense", "products alone")
     elif not backward:
-        speed = bandwidth(rounds)
+        speed = bandwidth(rounds, clock)
         visited = [len(indices.unique()) for _, indices, _ in inputs]
         one = 3 * shape["width"] * shape["hidden"] * dtype.itemsize
         limit = sum(visited) / len(visited) * one / speed
@@ -215,13 +219,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="three rounds, no record")
     parser.add_argument("--only", default="", help="measure the rows whose name contains this")
+    parser.add_argument("--busy", action="store_true", help="one thread and processor time, for a machine in use")
     args = parser.parse_args()
+    clock: Clock = time.process_time if args.busy else time.perf_counter
+    if args.busy:
+        torch.set_num_threads(1)
     rows: dict[str, Any] = {}
     for shape, dtype, n_tokens, backward in itertools.product(SHAPES, DTYPES, TOKENS, (False, True)):
         name = f"{shape}, {n_tokens} tokens, {dtype}, {'forward and backward' if backward else 'forward'}"
         if args.only not in name:
             continue
-        rows[name] = found = measure(shape, n_tokens, DTYPES[dtype], backward, 3 if args.quick else 7)
+        rows[name] = found = measure(shape, n_tokens, DTYPES[dtype], backward, 3 if args.quick else 7, clock)
         times = ", ".join(f"{n} {1e3 * s:.1f}" for n, s in found["seconds"].items())
         marks = "; ".join(f"{found[key]:.2f} {key}" if isinstance(found[key], float) else f"{found[key]} {key}"
                           for key in found if key.startswith("of "))  # fmt: skip
