@@ -79,7 +79,8 @@ def test_the_c_kernel_says_what_it_cannot_multiply(x, weight, reason):
 
 
 @pytest.fixture
-def fresh_library():
+def fresh_library(monkeypatch):
+    monkeypatch.delenv("MIXTURA_NATIVE", raising=False)
     native._library.cache_clear()
     yield
     native._library.cache_clear()
