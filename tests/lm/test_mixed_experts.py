@@ -233,3 +233,32 @@ def test_bad_input_is_named():
     find_moe(model)[0].experts.gate_up_proj.data[0, 0, 0] = float("nan")
     with pytest.raises((ValueError, NonFiniteHessian)):
         convert(model, ids, average_bits=2.0)
+
+
+@pytest.mark.parametrize("attention", ["expert-kv", "shared-kv"])
+def test_attention_experts_are_packed_and_come_back(attention: str, tiny_dense: Path, tmp_path: Path):
+    from mixtura.lm import upcycle
+
+    model = upcycle([str(tiny_dense)] * 3, method="branch-attend-mix", attention=attention, top_k=2)
+    ids = torch.randint(2, 200, (4, 30), generator=torch.Generator().manual_seed(0))
+    want = logits(model, ids)
+    small = convert(model, ids, average_bits=3.0)
+    assert type(small.model.layers[0].self_attn.q_stack).__name__ == "PackedLinear"
+    assert (logits(small, ids) - want).abs().mean() < 0.2 * want.abs().mean()
+    small.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits(again, ids), logits(small, ids))
+    torch.testing.assert_close(
+        logits(export_dense(again, torch.float32), ids), logits(small, ids), rtol=1e-3, atol=1e-3
+    )
+
+
+def test_unstacking_attention_changes_nothing(tiny_dense: Path):
+    from mixtura.lm import upcycle
+    from mixtura.lm.compress.layers import unstack_attention
+
+    model = upcycle([str(tiny_dense)] * 2, method="branch-attend-mix")
+    ids = torch.randint(2, 200, (2, 12), generator=torch.Generator().manual_seed(0))
+    want = logits(model, ids)
+    unstack_attention(model)
+    torch.testing.assert_close(logits(model, ids), want, rtol=1e-5, atol=1e-5)

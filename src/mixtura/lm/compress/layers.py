@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixtura.core.gates import Routing
 from mixtura.lm.anatomy import MoEBlock, rerouted
 
-__all__ = ["LayerInputs", "linear_inputs", "other_linears"]
+__all__ = ["LayerInputs", "linear_inputs", "other_linears", "unstack_attention"]
 
 
 class LayerInputs:
@@ -110,6 +110,13 @@ def other_linears(layer: nn.Module) -> dict[str, nn.Linear]:
         for name, module in layer.named_modules()
         if type(module) is nn.Linear and module.out_features > 1 and not name.endswith(("gate", "router"))
     }
+
+
+def unstack_attention(model: nn.Module) -> None:
+    """Turn the stacked weights of attention experts, where a model has any, into linear layers that can be packed."""
+    for module in model.modules():
+        if hasattr(module, "unstack") and hasattr(module, "q_proj"):
+            module.unstack()  # type: ignore[operator]
 
 
 def linear_inputs(inputs: LayerInputs, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from mixtura.core.progress import progress
 from mixtura.core.quantize import Quantized, nearest
 from mixtura.lm.anatomy import MoEBlock
 from mixtura.lm.compress.factors import ExpertFactors, as_batches, expert_factors, mixture_blocks
-from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears
+from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears, unstack_attention
 from mixtura.lm.compress.packed import PackedLinear, group_size_for
 from mixtura.lm.compress.packed_experts import PackedExperts, expert_matrices
 
@@ -172,6 +172,8 @@ def _quantize_layers(
     intra_block: bool,
 ) -> None:
     inputs = LayerInputs(model, batches)
+    if other_bits is not None:
+        unstack_attention(model)
     for path, layer in progress(inputs.layers, desc="compress", unit="layer"):
         if other_bits is not None:
             linears = other_linears(layer)

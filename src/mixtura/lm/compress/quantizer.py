@@ -7,7 +7,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -54,10 +53,13 @@ class MixedExpertsQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mixtura.lm.anatomy import find_moe
+        from mixtura.lm.compress.layers import unstack_attention
         from mixtura.lm.compress.packed import PackedLinear, group_size_for
         from mixtura.lm.compress.packed_experts import PackedExperts
 
         config = self.quantization_config
+        if any(name.endswith("_stack") for name in config.linears):
+            unstack_attention(model)
         blocks = {block.name: block for block in find_moe(model)}
         if missing := [name for name in config.blocks if name not in blocks]:
             raise ValueError(
@@ -157,7 +159,17 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
                 experts.down_proj.data[e] = block.experts.down.dequantize(e).to(dtype)
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
-            linear = plain.get_submodule(name)
-            assert isinstance(linear, nn.Linear)
-            linear.weight.data.copy_(module.packed.dequantize(0))
+            _put_back(plain, name, module.packed.dequantize(0))
     return plain.eval()
+
+
+def _put_back(plain: Any, name: str, weight: torch.Tensor) -> None:
+    if not name.endswith("_stack"):
+        plain.get_submodule(name).weight.data.copy_(weight)
+        return
+    attention, _, part = name.rpartition(".")
+    stacked = getattr(plain.get_submodule(attention), part.replace("_stack", "_proj"))
+    n, rows, columns = stacked.shape
+    stacked.data.copy_(
+        weight.view(rows, n, columns).transpose(0, 1) if part == "o_stack" else weight.view(n, rows, columns)
+    )

@@ -227,6 +227,19 @@ class AttentionMixture(_AttentionCore):
             self.k_norm = _stacked_norm(config, kv, keys if full else self.head_dim)
         self.routing: Routing | None = None
 
+    def unstack(self) -> None:
+        """Hold the weights as four linear layers over all experts, ``q_stack`` to ``o_stack``, in place of the stacked ones.
+
+        Compression needs layers that it can replace; the result of a forward pass is the same.
+        """
+        for name in ("q", "k", "v", "o"):
+            stacked = getattr(self, f"{name}_proj")
+            weight = stacked.transpose(0, 1).flatten(1) if name == "o" else stacked.flatten(0, 1)
+            linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+            linear.weight = nn.Parameter(weight.detach(), requires_grad=stacked.requires_grad)
+            delattr(self, f"{name}_proj")
+            self.add_module(f"{name}_stack", linear)
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -238,9 +251,9 @@ class AttentionMixture(_AttentionCore):
         """Input and rotary tables -> output (B, L, D) and, from the eager engine, attention weights."""
         B, L, _ = hidden_states.shape
         N, G, C = self.num_experts, self.num_key_value_heads, self.head_dim
-        q_BLNQC = self._project(hidden_states, self.q_proj, self.q_proj_bias, self.q_norm)
-        k_BLNGC = self._project(hidden_states, self.k_proj, self.k_proj_bias, self.k_norm)
-        v_BLNGC = self._project(hidden_states, self.v_proj, self.v_proj_bias, None)
+        q_BLNQC = self._project(hidden_states, "q", N, self.q_norm)
+        k_BLNGC = self._project(hidden_states, "k", self.num_kv_experts, self.k_norm)
+        v_BLNGC = self._project(hidden_states, "v", self.num_kv_experts, None)
         shared = self.num_kv_experts == 1 and N > 1
         if shared:  # heads that share keys must lie together: key/value head first, then expert
             q_BLNQC = q_BLNQC.view(B, L, N, G, -1, C).transpose(2, 3)
@@ -251,10 +264,13 @@ class AttentionMixture(_AttentionCore):
         gates_BLN = self._gates(hidden_states)
         return self._mix(y.reshape(B, L, N, -1), gates_BLN), weights
 
-    def _project(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: MixturaRMSNorm | None) -> Tensor:
+    def _project(self, x: Tensor, name: str, experts: int, norm: MixturaRMSNorm | None) -> Tensor:
         """(B, L, D) -> (B, L, experts, heads, C), one product for all experts."""
-        y = F.linear(x, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        y = y.view(*x.shape[:-1], weight.shape[0], -1)
+        stack, bias = self._modules.get(f"{name}_stack"), getattr(self, f"{name}_proj_bias")
+        y = F.linear(x, getattr(self, f"{name}_proj").flatten(0, 1)) if stack is None else stack(x)
+        if bias is not None:
+            y = y + bias.flatten()
+        y = y.view(*x.shape[:-1], experts, -1)
         if norm is not None and self.config.qk_norm == "full":
             y = norm(y)
         y = self._clamp(y)[0].view(*y.shape[:-1], -1, self.head_dim)
@@ -279,7 +295,10 @@ class AttentionMixture(_AttentionCore):
         gates_BLN = gates_BLN.to(y_BLNF.dtype)
         y_BLNF = y_BLNF * gates_BLN[..., None]
         B, L, N, _ = y_BLNF.shape
-        if B * L > FEW_TOKENS:
+        stack = self._modules.get("o_stack")
+        if stack is not None:
+            out_BLD = stack(y_BLNF.flatten(2))
+        elif B * L > FEW_TOKENS:
             stacked_DF = self.o_proj.transpose(0, 1).flatten(1)
             out_BLD = F.linear(y_BLNF.flatten(2), stacked_DF)
         else:
