@@ -1,7 +1,9 @@
 """Make the pages that come from records: the gallery, the benchmark page, the README's table of systems."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mixtura.claims.gallery import gallery, systems_table
 
@@ -14,18 +16,90 @@ def benchmarks() -> str:
     parts = ["# Benchmarks", "Made from the records in this directory with `make docs`; rerun them with `make bench`."]
     for path in sorted((ROOT / "docs" / "benchmarks").glob("*.json")):
         record = json.loads(path.read_text())
-        parts.append(f"## {record['title']}\n\n{record['what']}")
-        header = list(record["rows"][0])
+        title, what, rows, notes = READERS.get(path.stem, _plain_record)(record)
+        header = list(rows[0])
         table = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-        table += ["| " + " | ".join(_cell(row.get(name)) for name in header) + " |" for row in record["rows"]]
-        parts.append("\n".join(table))
-        if record.get("notes"):
-            parts.append(record["notes"])
-        machine = record.get("machine", {})
-        parts.append(
-            f"Measured on {machine.get('processor', 'an unnamed machine')}, {machine.get('threads', '?')} threads."
-        )
+        table += ["| " + " | ".join(_cell(row.get(name)) for name in header) + " |" for row in rows]
+        machine = record["machine"]
+        threads = machine.get("torch_threads", machine.get("threads"))
+        parts += [f"## {title}", what, "\n".join(table)]
+        parts += [notes] if notes else []
+        parts.append(f"Measured on {machine['processor']}, {threads} threads, {record['date']}.")
     return "\n\n".join(parts) + "\n"
+
+
+Section = tuple[str, str, list[dict[str, Any]], str]
+
+
+def _plain_record(record: dict[str, Any]) -> Section:
+    return record["title"], record["what"], record["rows"], record.get("notes", "")
+
+
+def _experts_forward(record: dict[str, Any]) -> Section:
+    bars = record["bars"]
+    rows = []
+    for name, row in record["rows"].items():
+        found = {"case": name, "best rival": row["best rival"]}
+        found["of its time (bar 1)"] = _spread(row["of the best rival's time"])
+        for key, short in (
+            ("of dense", "of one dense product (bar 0.85)"),
+            ("of reading the weights", "of reading (bar 0.7)"),
+        ):
+            value = row.get(key)
+            found[short] = "" if value is None else _spread(value)
+        rows.append(found)
+    what = (
+        "Stacked experts against transformers' own engines, one dense product of the same arithmetic at 1024 tokens, and one "
+        f"reading of the weights that are visited at 1 and 32. Bars: {'; '.join(f'{k} {v}' for k, v in bars.items())}."
+    )
+    return "Experts forward on a CPU", what, rows, str(record.get("why", record.get("notes", "")))
+
+
+def _attention_mixture(record: dict[str, Any]) -> Section:
+    rows = [
+        {"case": f"forward, batch, length, width, heads {row['shape']}", "ratio": _spread(row["ratio"]), "bar": "1.15"}
+        for row in record["forward"]
+    ]
+    for row in record["decode"]:
+        size = f"vocabulary {row['vocabulary']:,}"
+        judged = row["vocabulary"] == 256_000
+        bar = str(record["bars"]["16 tokens after 256"]) if judged else "reported"
+        rows.append({"case": f"one token after 256, {size}", "ratio": _spread(row["one token"]["bam"]), "bar": bar})
+        rows.append({"case": f"16 tokens after 256, {size}", "ratio": _spread(row["bam over btx"]), "bar": bar})
+    what = (
+        "Four attention experts against one attention with four times the heads and width (forward), and the mixture against the "
+        "same one with averaged attention (decoding). Time over the rival's."
+    )
+    return "Attention experts", what, rows, record["why"]
+
+
+def _upcycle_memory(record: dict[str, Any]) -> Section:
+    rows = [
+        {
+            "way": name,
+            "checkpoint, GB": row["checkpoint"] / 1e9,
+            "peak over checkpoint": row["built_over_checkpoint"],
+            "with saving": row["saved_over_checkpoint"],
+            "bar": record["bar"],
+        }
+        for name, row in record["ways"].items()
+    ]
+    what = "Peak resident memory of loading and upcycling a dense Llama to eight experts, over the bytes of the result."
+    notes = "Where the dense model is in memory already, it stays there beside the result."
+    return "Memory of upcycling", what, rows, notes
+
+
+READERS: dict[str, Callable[[dict[str, Any]], Section]] = {
+    "experts_forward": _experts_forward,
+    "attention_mixture": _attention_mixture,
+    "upcycle_memory": _upcycle_memory,
+}
+
+
+def _spread(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.2f} ({value['low']:.2f} to {value['high']:.2f})"
+    return f"{value:.2f}"
 
 
 def _cell(value: object) -> str:

@@ -183,9 +183,9 @@ def test_a_full_disk_leaves_what_was_there(moe: Path, tiny_dense: Path, tmp_path
     mixtura("upcycle", tiny_dense, out, "--experts", 2)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
     code = (
-        "import errno, sys\nfrom mixtura.cli import main\nimport transformers\n"
+        "import errno, sys\nfrom mixtura.cli import main\nimport mixtura.lm.families.save as save\n"
         "def full(*a, **k): raise OSError(errno.ENOSPC, 'No space left on device')\n"
-        "transformers.PreTrainedModel.save_pretrained = full\n"
+        "save.save_file = full\n"
         f"sys.argv = ['mixtura', 'upcycle', {str(tiny_dense)!r}, {str(out)!r}]\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

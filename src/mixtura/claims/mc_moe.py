@@ -101,7 +101,7 @@ def _at(
 
 def _random_allocation(draw: random.Random, layers: int, average: float) -> Tensor:
     """Bits drawn evenly among those that spend the budget with at least one expert of 3 and one of 2 bits a block."""
-    rows = []
+    rows: list[list[int]] = []
     while len(rows) < layers:
         row = [draw.randint(1, 3) for _ in range(EXPERTS)]
         if sum(row) == round(average * EXPERTS) and 3 in row and 2 in row:

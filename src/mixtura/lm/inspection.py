@@ -15,10 +15,10 @@ from torch import Tensor
 from mixtura.core.checkpoint import write_json
 from mixtura.core.page import figure_html, new_figure, table_html, write_page
 from mixtura.core.progress import progress
-from mixtura.lm.anatomy import find_moe, recorded_routing
+from mixtura.lm.anatomy import MoEBlock, find_moe, recorded_routing
 from mixtura.lm.tokens import blocks
 
-__all__ = ["RoutingReport", "inspect"]
+__all__ = ["RoutingReport", "expert_bits", "inspect"]
 
 TOP_TOKENS = 8
 SEEN_AT_LEAST = 5  # visits before a token is said to be typical of an expert
@@ -177,9 +177,15 @@ def inspect(
         entropy=entropy.tolist(),
         variation=(load.std(-1, correction=0) / load.mean(-1)).tolist(),
         top_tokens=[[_typical(by_token[i], e, tokenizer) for e in range(E)] for i in range(L)],
-        bits=[block.experts.bits.tolist() for block in found if hasattr(block.experts, "bits")],
+        bits=expert_bits(found),
         tokens=counts,
     )
+
+
+def expert_bits(blocks: Sequence[MoEBlock]) -> list[list[int]]:
+    """Bits of each expert, [L][E]; empty where the experts are not packed."""
+    found: list[Any] = [block.experts for block in blocks]
+    return [experts.bits.tolist() for experts in found if hasattr(experts, "bits")]
 
 
 def _count(indices: Tensor, tokens: Tensor, domain: Tensor, by_token: Tensor) -> None:

@@ -306,6 +306,7 @@ def _development_loss(run: _Run, path: Path) -> float:
 
 def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[..., Any]) -> None:
     from mixtura.lm import compress, find_moe, inspect
+    from mixtura.lm.inspection import expert_bits
 
     with Meter() as meter:
         model, _ = load(out / "mixture", dtype=torch.bfloat16, device=run.device)
@@ -342,7 +343,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
         )
     held_out = {name: corpus.held_out for name, corpus in run.domains.items()}
     life.routing = inspect(small, run.tokenizer, held_out, samples=MEASURED_BLOCKS, length=run.config.length)
-    life.allocation = [block.experts.bits.tolist() for block in find_moe(small)]
+    life.allocation = expert_bits(find_moe(small))
 
 
 def _measure(run: _Run, name: str, path: Path, made: Meter | None, model: Any, size: Size | None) -> tuple[Stage, Any]:

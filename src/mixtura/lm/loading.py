@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors
 from mixtura.lm.card import model_card
+from mixtura.lm.families.save import save_checkpoint
 
 __all__ = ["CheckpointError", "directory_bytes", "empty_model", "load", "load_config", "load_tokenizer", "save"]
 
@@ -103,8 +104,7 @@ def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any
     """
     path = Path(path)
     with atomic_directory(path) as beside:
-        # Small shards: saving then copies no more than a twentieth of the model at a time.
-        model.save_pretrained(beside, max_shard_size=shard_size(model))
+        save_checkpoint(model, beside, shard_bytes=shard_size(model))
         if tokenizer is not None:
             tokenizer.save_pretrained(beside)
         (beside / "README.md").write_text(model_card(**card), encoding="utf-8")
@@ -112,9 +112,9 @@ def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any
 
 
 def shard_size(model: Any) -> int:
-    """Largest bytes a shard: a twentieth of the model, at least 100 MB and at least its largest tensor."""
-    sizes = [t.numel() * t.element_size() for t in model.state_dict().values()] or [0]
-    return int(max(100_000_000, max(sizes), math.ceil(sum(sizes) / 20)))
+    """Largest bytes a shard: a twentieth of the model, which saving then copies at a time, and at least 100 MB."""
+    whole = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    return max(100_000_000, math.ceil(whole / 20))
 
 
 def directory_bytes(path: str | Path) -> int:

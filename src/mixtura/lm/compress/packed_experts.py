@@ -96,7 +96,7 @@ def why_not(experts: nn.Module) -> str | None:
         return "its experts have biases"
     if not getattr(experts, "has_gate", True):
         return "its experts are not gated"
-    if getattr(type(experts)._apply_gate, "__name__", "") != "_default_apply_gate":
+    if getattr(getattr(type(experts), "_apply_gate", None), "__name__", "") != "_default_apply_gate":
         return "its gate and up parts combine in a way of their own"
     return None
 
