@@ -236,6 +236,7 @@ def main() -> None:
         print(f"{name}\n    ms: {times}\n    {marks}", flush=True)
     if not args.quick and not args.only:
         payload = {
+            "clock": "processor time" if args.busy else "wall clock",
             "bars": BARS,
             "kernel": native.why_not(torch.zeros(1, 32), torch.zeros(1, 4, 32)) or "built",
             "rows": rows,

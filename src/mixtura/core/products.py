@@ -6,7 +6,7 @@ products are tuned for. Measured on two cores of an AMD Zen 4 (benchmarks/expert
 - float32 through oneDNN, which is faster there than MKL from 3 rows on;
 - few rows by `native.skinny`, at the speed of memory. Without it, one float32 row as a batch of row blocks: MKL runs a
   single matrix-vector product on one core only, at half the memory's speed;
-- gradients of all weights in fresh memory of large pages: a first touch of 4 KB at a time costs more than the products.
+- gradients of all weights in memory that the system hands out as zeros: those of experts without rows cost nothing.
 
 All ways agree up to rounding. Shapes: S rows of all experts, M of one, E experts, K inputs, N outputs, T tokens,
 D width. A span is a triple (expert, first row, row behind the last).
@@ -30,7 +30,7 @@ Span = tuple[int, int, int]
 _FEW_ROWS_F32 = 3  # from here on oneDNN
 _SKINNY_ROWS = 24  # mean rows an expert up to which `native.skinny` wins
 _BLOCKS = 8  # row blocks of a matrix-vector product; more than cores, so that no core waits for long
-_LARGE_BYTES = 4 << 20  # from here on fresh memory comes in large pages
+_LARGE_BYTES = 4 << 20  # from here on zeros are fresh memory
 
 
 def grouped_linear(
@@ -108,11 +108,11 @@ def gather_sum(rows: Tensor, places: Tensor, weights: Tensor | None = None) -> T
 
 
 def zeros_like(weight: Tensor) -> Tensor:
-    """Zeros of weight's shape and dtype. Large ones come in large pages, and only what is written takes memory."""
-    if weight.device.type != "cpu" or weight.nbytes < _LARGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+    """Zeros of weight's shape and dtype, of which only what is written takes memory and time."""
+    if weight.device.type != "cpu" or weight.nbytes < _LARGE_BYTES or not hasattr(mmap, "MAP_PRIVATE"):
         return torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    # Not in huge pages: 400 MB then took 61 to 771 ms to touch on a virtual machine, and 156 always without.
     memory = mmap.mmap(-1, weight.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=weight.dtype).view(weight.shape)
 
 
