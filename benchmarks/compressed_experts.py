@@ -95,7 +95,7 @@ def product_rows() -> list[dict[str, Any]]:
             y = x.to(dtype)
             with torch.inference_mode():
                 times = alternate(
-                    {"float32": float32, "packed": lambda y=y: packed(y, indices, weights.to(y.dtype))},
+                    {"float32": float32, "packed": partial(packed, y, indices, weights.to(dtype))},
                     rounds=15,
                     warmup=3,
                 )
@@ -140,11 +140,11 @@ def main() -> None:
         )
     what = (
         "Experts at 2.5 bits, everything else at 4, of SmolLM2-135M's shape with 8 experts top-2 and 6 layers; random weights, "
-        "which cost the same as trained ones. The rival of decoding is the same model in bfloat16 with the faster experts forward."
+        "which cost the same as trained ones. The rival of decoding is the same model in bfloat16, with the faster experts."
     )
     notes = (
-        "The bfloat16 rival reads two bytes a weight; packed weights are unpacked to bytes, then multiplied by the int8 kernel that "
-        "torch has for one or two rows, or converted for more. float32 activations have no such kernel and are converted."
+        "The bfloat16 rival reads two bytes a weight; packed weights are unpacked to bytes, then multiplied by the int8 kernel "
+        "that torch has for one or two rows, or converted for more. float32 activations have no such kernel and are converted."
     )
     write_record("compressed_experts", {"title": "Compressed experts", "what": what, "rows": rows, "notes": notes})
 

