@@ -1,6 +1,7 @@
 """Compressed experts: bytes against the bit budget, products against float32, decoding against bfloat16."""
 
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 

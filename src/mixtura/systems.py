@@ -81,7 +81,7 @@ SYSTEMS: tuple[System, ...] = (
         (
             "mixtura.lm.upcycle.branch_attend_mix.branch",
             "mixtura.lm.upcycle.branch_attend_mix.mix",
-            "mixtura.lm.upcycle.branch_attend_mix.to_standard",
+            "mixtura.lm.upcycle.branch_train_mix.to_standard",
         ),
     ),
     System(
