@@ -59,4 +59,5 @@ def demo(
         say=lambda line: console.print(line, soft_wrap=True, markup=False),
     )
     if table is not None:
-        console.print(table)
+        # A narrow terminal wraps the rows; cells cut to nothing would say nothing.
+        Console(highlight=False, width=max(console.width, 150)).print(table)

@@ -90,7 +90,7 @@ def perplexity_figure(life: Life) -> Any:
     axes.tick_params(axis="x", rotation=35)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
-    axes.legend(frameon=False, ncols=len(life.stages[0].perplexity), loc="upper left")
+    axes.legend(frameon=False, ncols=len(life.stages[0].perplexity), loc="lower left", bbox_to_anchor=(0, 1))
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
