@@ -14,6 +14,8 @@ RECORDS = Path("docs/claims")
 
 
 class ScaleName(StrEnum):
+    """Scales of a claim."""
+
     smoke = "smoke"
     cpu = "cpu"
     gpu = "gpu"

@@ -24,6 +24,8 @@ Text = Annotated[
 
 
 class UpcycleMethod(StrEnum):
+    """Ways to make experts of dense models."""
+
     copy = "copy"
     fine_grained = "fine-grained"
     branch_attend_mix = "branch-attend-mix"
@@ -31,16 +33,29 @@ class UpcycleMethod(StrEnum):
 
 
 class CompressMethod(StrEnum):
+    """Ways to make a mixture small."""
+
     mc_moe = "mc-moe"
 
 
+class ScopeName(StrEnum):
+    """What one integer program spends its bits over."""
+
+    model = "model"
+    block = "block"
+
+
 class DecodeName(StrEnum):
+    """Ways to choose the next token."""
+
     greedy = "greedy"
     sample = "sample"
     self_contrast = "self-contrast"
 
 
 class TrainableName(StrEnum):
+    """What learns in a training."""
+
     all = "all"
     experts = "experts"
     router = "router"
@@ -168,6 +183,9 @@ def compress(
         float | None,
         typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens."),
     ] = None,
+    scope: Annotated[
+        ScopeName, typer.Option(help="One program for the whole model, or one for each block.")
+    ] = ScopeName.model,
     text: Text = None,
     samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 32,
     length: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 256,
@@ -187,7 +205,7 @@ def compress(
     """
     from mixtura.cli import work
 
-    options = {"bits": bits, "prune": prune, "samples": samples, "length": length, "seed": seed}
+    options = {"bits": bits, "prune": prune, "scope": scope.value, "samples": samples, "length": length, "seed": seed}
     work.compress(
         source, destination, method.value, text, options, device=device, dry_run=dry_run, command=_command(), say=_say
     )

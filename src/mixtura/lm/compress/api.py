@@ -1,7 +1,7 @@
 """One door to the ways of making a mixture of experts small."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ def compress(
     method: str = "mc-moe",
     bits: float | None = 2.5,
     prune: float | None = None,
+    scope: Literal["block", "model"] = "model",
     samples: int = 32,
     length: int = 256,
     seed: int = 0,
@@ -37,6 +38,8 @@ def compress(
         bits: average bits of an expert's weight, group scales not counted; ``None`` leaves the weights as they are.
         prune: share of the tokens protected while second experts that hardly count are skipped at run time; ``None``
             skips nothing.
+        scope: one integer program for the whole ``"model"``, or one for each ``"block"`` as in the paper. Measured on the
+            claim's models the first lost about half as much at 2 bits and below.
         samples, length: calibration blocks, drawn evenly from the domains, and tokens a block.
         seed: which blocks.
         inplace: change the model itself; it is then not copied.
@@ -55,7 +58,7 @@ def compress(
         raise ValueError("bits and prune are both None, so there is nothing to do; give one of them")
     rows = calibration_blocks(tokenizer, texts, samples, length, seed=seed)
     if bits is not None:
-        model = convert(model, rows, average_bits=bits, inplace=inplace, **options)
+        model = convert(model, rows, average_bits=bits, scope=scope, inplace=inplace, **options)
         inplace = True
     if prune is not None:
         model = prune_dynamically(model, rows, protect=prune, inplace=inplace)

@@ -138,11 +138,7 @@ def generate(
             sequences, fed = torch.cat([sequences, token[:, None]], dim=1), token[:, None]
             if return_dict:
                 kept.append((scores, z_strong, z_weak))
-            if ends.numel():
-                open_rows = open_rows & ~torch.isin(token, ends)
-            for criterion in stopping_criteria or ():
-                done = torch.as_tensor(criterion(sequences, scores), device=open_rows.device)
-                open_rows = open_rows & ~done
+            open_rows = open_rows & ~_finished(sequences, scores, ends, stopping_criteria or ())
             if not bool(open_rows.any()):
                 break
     finally:
@@ -255,6 +251,14 @@ def _draw(scores: Tensor, do_sample: bool, generator: torch.Generator | None) ->
     if not do_sample:
         return scores.argmax(-1)
     return torch.multinomial(scores.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _finished(sequences: Tensor, scores: Tensor, ends: Tensor, criteria: Sequence[Callable[..., Any]]) -> Tensor:
+    """Rows that end with the token just chosen, boolean (B,)."""
+    done = torch.isin(sequences[:, -1], ends)
+    for criterion in criteria:
+        done = done | torch.as_tensor(criterion(sequences, scores), device=done.device)
+    return done
 
 
 def _checked_mask(input_ids: Tensor, attention_mask: Tensor | None) -> Tensor | None:
