@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import families, tiny_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import mixtura.lm
@@ -50,6 +50,21 @@ def test_64_tokens_equal_the_naive_loop(family: str, engine: str):
     model.set_experts_implementation(engine)
     got = generate(model, prompts(), alpha=0.1, beta=0.5, max_new_tokens=64, eos_token_id=())
     assert got[0].tolist() == naive(model, prompts(), 64, 0.1, 0.5, rank=2)
+
+
+# Families that find_moe cannot serve (tests/lm/test_anatomy.py says why).
+NOT_SERVED = {"doge", "jetmoe", "llama4", "llama4_text", "dots3_note"}
+# Tiny configurations without an attention layer: transformers cannot ask their caches for a length.
+WITHOUT_ATTENTION = {"bailing_hybrid", "granitemoehybrid", "jamba", "kimi_linear"}
+
+
+@pytest.mark.parametrize("family", [f for f in families() if f not in NOT_SERVED | WITHOUT_ATTENTION])
+def test_every_family_keeps_two_caches_that_hold_what_whole_passes_give(family: str):
+    model, ids = tiny_model(family), prompts(1)
+    want = naive(model, ids, 6, 0.1, 0.7, rank=2)
+    for batched in (True, False):
+        got = generate(model, ids, beta=0.7, max_new_tokens=6, batched=batched, eos_token_id=())
+        assert got[0].tolist() == want
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -183,6 +198,55 @@ def test_it_runs_inside_transformers_generate():
         model.generate(ids, custom_generate=mixtura.lm.self_contrast, num_beams=2, max_new_tokens=4)
     with pytest.raises(TypeError, match="cannot be doubled"):
         model.generate(ids, custom_generate=mixtura.lm.self_contrast, cache_implementation="static", max_new_tokens=4)
+
+
+def test_processors_of_transformers_are_heard():
+    model, ids = tiny_model("mixtral"), prompts()
+    model.generation_config.eos_token_id = None
+    options = {"custom_generate": mixtura.lm.self_contrast, "max_new_tokens": 30, "do_sample": False}
+    plain = model.generate(ids, **options)
+    banned = int(plain[0, 6])
+    assert banned not in model.generate(ids, suppress_tokens=[banned], **options)[0, 6:]
+    assert not torch.equal(model.generate(ids, t_weak=4.0, **options), plain)
+    assert not torch.equal(model.generate(ids, repetition_penalty=5.0, **options), plain)
+
+
+def test_an_end_token_alone_in_the_mask_gives_way_while_it_is_forbidden():
+    model, ids = tiny_model("mixtral"), prompts()
+    first = int(
+        generate(model, ids, alpha=1.0, max_new_tokens=1, eos_token_id=())[0, -1]
+    )  # alone in the mask of alpha = 1
+    got = model.generate(
+        ids,
+        custom_generate=mixtura.lm.self_contrast,
+        alpha=1.0,
+        eos_token_id=first,
+        pad_token_id=0,
+        min_new_tokens=3,
+        max_new_tokens=5,
+        do_sample=False,
+    )
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits[0, -1]
+    logits[first] = -math.inf
+    assert got[0, 6] == logits.argmax()
+    assert first not in got[0, 6:8]
+
+
+def test_what_cannot_be_had_twice_is_refused():
+    from transformers import DynamicCache, StaticCache
+
+    model, ids = tiny_model("mixtral"), prompts()
+    options = {"custom_generate": mixtura.lm.self_contrast, "max_new_tokens": 4, "pad_token_id": 0}
+    with pytest.raises(TypeError, match="StaticCache cannot be doubled"):
+        model.generate(ids, past_key_values=StaticCache(config=model.config, max_cache_len=32), **options)
+    used = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :3], past_key_values=used)
+    with pytest.raises(TypeError, match="holds tokens of one routing"):
+        model.generate(ids, past_key_values=used, **options)
+    with pytest.raises(TypeError, match="reads text only, got also pixel_values"):
+        mixtura.lm.self_contrast(model, ids, generation_config=model.generation_config, pixel_values=torch.zeros(1))
 
 
 def test_masked_tokens_never_become_numbers_that_are_none():

@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from mixtura.lm.anatomy import CONFIG_NAMES
+
 E, K = 4, 2
 
 # Field of a config -> value of a tiny model. The first pattern that matches the whole name counts.
@@ -17,6 +19,8 @@ SIZES: tuple[tuple[str, Any], ...] = (
     (r"vocab_size(_per_layer_input)?|padded_vocab_size", 64),
     (r"num_hidden_layers|num_layers|n_layers", 4),
     (r"hidden_size|d_model|dim", 32),
+    (r"zero_expert_num", 0),
+    (r"kv_n_heads", 2),
     (r"(moe_)?num_shared_experts|n_shared_experts|num_shared_expert", 1),
     (r"moe_layer_freq|decoder_sparse_step|moe_layer_interval|expert_layer_period", 1),
     (
@@ -59,7 +63,7 @@ SETTINGS: dict[str, Any] = {
 
 
 def families() -> list[str]:
-    """Model types of causal language models whose modelling code uses transformers' experts interface."""
+    """Model types of causal language models whose code calls experts as transformers' interface does, or that count experts."""
     root = pathlib.Path(transformers.__file__).parent / "models"
     found = []
     for model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -67,10 +71,26 @@ def families() -> list[str]:
             config = CONFIG_MAPPING[model_type]
         except KeyError:
             continue
-        folder = root / config.__module__.split(".")[2]
-        if any("@use_experts_implementation" in file.read_text() for file in folder.glob("modeling_*.py")):
+        folder = root / folder_of(model_type)
+        code = "".join(file.read_text() for file in folder.glob("modeling_*.py"))
+        uses = "@use_experts_implementation" in code or "top_k_index" in code
+        if uses or _counts_experts(config):
             found.append(model_type)
     return found
+
+
+def folder_of(model_type: str) -> str:
+    """Name of the folder that holds the family's code; a text model and its multimodal parent share one."""
+    return str(CONFIG_MAPPING[model_type].__module__.split(".")[2])
+
+
+def _counts_experts(kind: type) -> bool:
+    try:
+        text = kind().get_text_config()
+    except Exception:  # a config without defaults of its own
+        return False
+    counts = [getattr(text, name, None) for name in CONFIG_NAMES]
+    return any(isinstance(count, int) and count > 1 for count in counts)
 
 
 def tiny_config(model_type: str) -> Any:
@@ -81,7 +101,7 @@ def tiny_config(model_type: str) -> Any:
     if text is not default:
         name = next(n for n, sub in kind.sub_configs.items() if isinstance(text, sub) or n == "text_config")
         return kind(**{name: tiny_config(text.model_type).to_dict()})
-    sizes = _shrunk(default)
+    sizes = _shrunk(default) | _parts(default)
     try:
         return kind(**sizes)
     except Exception as error:
@@ -102,6 +122,14 @@ def tiny_model(model_type: str, seed: int = 0) -> Any:
     return model
 
 
+def _parts(default: Any) -> dict[str, Any]:
+    """Configs inside a config (DBRX keeps its feed-forward's in one), shrunk."""
+    parts = {name: getattr(default, name, None) for name in type(default).sub_configs}
+    # transformers' own default of this part lacks fields that its model reads.
+    extra = {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}}
+    return {name: _shrunk(part) | extra.get(name, {}) for name, part in parts.items() if part is not None}
+
+
 def _shrunk(default: Any) -> dict[str, Any]:
     sizes = {}
     for name, value in default.to_dict().items():
@@ -114,6 +142,8 @@ def _shrunk(default: Any) -> dict[str, Any]:
                 break
     if "kv_lora_rank" in sizes:
         sizes["num_key_value_heads"] = sizes["num_attention_heads"]  # latent attention has as many as queries
+    if "qk_head_dim" in sizes and "qk_nope_head_dim" in sizes:
+        sizes["qk_head_dim"] = sizes["qk_nope_head_dim"] + sizes["qk_rope_head_dim"]
     for name, value in SETTINGS.items():
         if getattr(default, name, ...) in (None, False):
             sizes[name] = value

@@ -1,9 +1,9 @@
 """Where the mixture is, in any model: gate, experts and shared experts of every layer, and how to reroute them.
 
 No list of names is kept. transformers gives its MoE families one experts interface: a module decorated by
-``use_experts_implementation``, called with ``(hidden (T, D), indices (T, K), weights (T, K))``. That module is what is
-looked for; the gate is the module beside it that scores the experts. mixtura's packed experts carry the mark
-``mixtura_experts`` and are called the same way.
+``use_experts_implementation``, or called like those, with ``hidden_states (T, D), top_k_index (T, K), top_k_weights
+(T, K)``. That module is what is looked for; the gate is the module beside it that scores the experts. mixtura's packed
+experts carry the mark ``mixtura_experts`` and are called the same way.
 
 Routing is recorded and changed where the experts are called, which all families share, and not in their gates, which
 differ. Logits are read off the gate's output, so what ``output_router_logits`` reports is never touched.
@@ -11,19 +11,23 @@ differ. Logits are read off the gate's output, so what ``output_router_logits`` 
 Shapes: T tokens, D width, E experts, K experts a token visits.
 """
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mixtura.core.gates import Routing
+from mixtura.lm.scoring import Scoring, find_scoring, router_logits
 
 __all__ = ["MoEBlock", "find_moe", "recorded_routing", "rerouted"]
 
+CALL = ("hidden_states", "top_k_index", "top_k_weights")
 GATE_NAMES = ("gate", "router")
+COUNT_NAMES = ("num_experts", "total_experts")
 K_NAMES = (
     "top_k",
     "num_experts_per_tok",
@@ -35,6 +39,8 @@ K_NAMES = (
     "top_k_experts",
 )
 SCALE_NAMES = ("routed_scaling_factor", "router_scaling_factor", "route_scale")
+# Fields of a config that count experts, for telling a dense model from one whose experts are called in another way.
+CONFIG_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class MoEBlock:
         n_experts: routed experts, E.
         k: experts a token visits.
         scale: what the gate multiplies its weights by (DeepSeek's routed scaling factor); 1 elsewhere.
+        gate_name, experts_name: paths of the two in the model.
         parts: modules that hold weights of one expert each: the experts, and the layer's attention experts if it has them.
     """
 
@@ -62,41 +69,42 @@ class MoEBlock:
     k: int
     scale: float
     parts: tuple[nn.Module, ...]
+    gate_name: str
+    experts_name: str
+
+    @cached_property
+    def scoring(self) -> Scoring:
+        """Score function of the gate and whether it renormalises; the gate is asked once (:mod:`mixtura.lm.scoring`)."""
+        scale = self.scale if self.expert_scale is None else self.scale * self.expert_scale
+        return find_scoring(self.module, self.gate, self.experts, self.n_experts, self._correction, scale)
+
+    @property
+    def expert_scale(self) -> Tensor | None:
+        """What the gate multiplies each expert's weight by, shape (E,) (Gemma 4); None elsewhere."""
+        factors = getattr(self.gate, "per_expert_scale", None)
+        return factors.detach() if isinstance(factors, Tensor) else None
 
     def scores(self, routing: Routing) -> Tensor:
         """What the gate ranks the experts by, shape (T, E): larger is chosen first.
 
-        Logits, unless the gate adds a correction to its scores when it chooses (DeepSeek-V3, 2412.19437, eq. 16). Then
-        the score function is the one under which the gate's own choice ranks highest in this very batch.
+        Logits, unless the gate adds a correction to its scores when it chooses (DeepSeek-V3, 2412.19437, eq. 16).
         """
-        bias = _correction(self)
-        if bias is None or not bool(bias.any()):
-            return routing.logits
-        return self._scored(routing)[0] + bias
+        bias = self._correction
+        return routing.logits if bias is None else self.scoring.ranked(routing.logits, bias)
 
     def probabilities(self, routing: Routing) -> Tensor:
         """What the gate weights experts by before it chooses, shape (T, E), without scaling."""
-        if _correction(self) is None:
-            return routing.logits.float().softmax(-1)
-        return self._scored(routing)[0]
+        return self.scoring(routing.logits)
 
-    def renormalises(self, routing: Routing) -> bool:
-        """Whether the gate makes the chosen weights sum to a constant, read off its own weights of this batch."""
-        if routing.weights.shape[-1] == 1:
-            return bool(getattr(self.gate, "norm_topk_prob", True)) and _constant(routing.weights[:, 0], self.scale)
-        return _constant(routing.weights.float().sum(-1), self.scale)
-
-    def _scored(self, routing: Routing) -> tuple[Tensor, float]:
-        bias = _correction(self)
-        assert bias is not None
-        logits = routing.logits.float()
-        found: list[tuple[float, Tensor]] = []
-        for scores in (logits.sigmoid(), logits.softmax(-1), logits):
-            best = (scores + bias).topk(routing.indices.shape[-1], dim=-1).indices
-            hits = (best[:, :, None] == routing.indices[:, None, :]).any(-1).float().mean().item()
-            found.append((hits, scores))
-        agreement, scores = max(found, key=lambda pair: pair[0])
-        return scores, agreement
+    @cached_property
+    def _correction(self) -> Tensor | None:
+        """The vector that a gate adds to its scores when it chooses, and not when it weighs."""
+        for place in (self.gate, self.module):
+            for name, tensor in (*place.named_buffers(), *place.named_parameters()):
+                last = name.rpartition(".")[2]
+                if ("correction_bias" in last or last == "expert_bias") and tensor.numel() == self.n_experts:
+                    return tensor.detach().reshape(-1)
+        return None
 
 
 Change = Callable[[MoEBlock, Routing], tuple[Tensor, Tensor]]
@@ -154,8 +162,7 @@ def rerouted(model: nn.Module | Sequence[MoEBlock], change: Change) -> Iterator[
     """
     blocks = find_moe(model) if isinstance(model, nn.Module) else list(model)
     if not blocks:
-        name = type(model).__name__
-        raise ValueError(f"{name} has no mixture layers, so there is no routing to read or change; upcycle it first")
+        raise ValueError(_why_none(model))
     with ExitStack() as hooks:
         for block in blocks:
             _attach(block, change, hooks)
@@ -166,37 +173,45 @@ def _attach(block: MoEBlock, change: Change, hooks: ExitStack) -> None:
     logits: list[Tensor] = []
 
     def after_gate(module: nn.Module, inputs: Any, output: Any) -> None:
-        logits[:] = [_logits(output, block.n_experts)]
+        logits[:] = [router_logits(output, block.n_experts)]
 
     def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, indices, weights = _arguments(args, kwargs)
         scored = logits.pop()
         routing = Routing(weights=weights, indices=indices, logits=scored, probs=scored.float().softmax(-1))
         new_weights, new_indices = change(block, routing)
+        if new_indices.shape[-1] == 1 and not _is_marked(module):
+            # LongCat's experts squeeze a single column away; the same expert again with weight 0 changes nothing.
+            new_indices = new_indices.expand(-1, 2)
+            new_weights = nn.functional.pad(new_weights, (0, 1))
         return (hidden, new_indices, new_weights.to(weights.dtype)), {}
 
     hooks.callback(block.gate.register_forward_hook(after_gate).remove)
     hooks.callback(block.experts.register_forward_pre_hook(before_experts, with_kwargs=True).remove)
 
 
+def _why_none(model: Any) -> str:
+    name = type(model).__name__
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if (_number((config,), CONFIG_NAMES) or 1) > 1:
+        return f"{name} does not call its experts with ({', '.join(CALL)}), so its routing cannot be read or changed"
+    return f"{name} has no mixture layers, so there is no routing to read or change; upcycle it first"
+
+
 def _arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    names = ("hidden_states", "top_k_index", "top_k_weights")
-    given = [*args, *(kwargs[name] for name in names[len(args) :] if name in kwargs)]
+    given = [*args, *(kwargs[name] for name in CALL[len(args) :] if name in kwargs)]
     if len(given) != 3:
-        raise TypeError(f"experts were called with {len(args)} arguments and {sorted(kwargs)}, expected {names}")
+        raise TypeError(f"experts were called with {len(args)} arguments and {sorted(kwargs)}, expected {CALL}")
     return given[0], given[1], given[2]
 
 
-def _logits(output: Any, n_experts: int) -> Tensor:
-    """Router logits (T, E) in a gate's output: the first floating tensor that has a column for every expert."""
-    parts = output if isinstance(output, (tuple, list)) else (output,)
-    for part in parts:
-        if isinstance(part, Tensor) and part.is_floating_point() and part.shape[-1] >= n_experts:
-            return part.reshape(-1, part.shape[-1])[:, :n_experts]
-    raise TypeError(f"the gate returned no tensor with a column for each of {n_experts} experts")
-
-
 def _is_experts(module: nn.Module) -> bool:
+    # Families without the decorator may still be called in its way.
+    return _is_marked(module) or set(CALL[1:]) <= set(inspect.signature(type(module).forward).parameters)
+
+
+def _is_marked(module: nn.Module) -> bool:
     if getattr(module, "mixtura_experts", False):
         return True
     # What the decorator leaves on a class and its instances.
@@ -230,13 +245,24 @@ def _block(
     if k is None:
         raise ValueError(f"{path}: cannot tell how many experts a token visits; looked for {', '.join(K_NAMES)}")
     scale = _number((gate,), SCALE_NAMES)
+    names = {id(child): f"{path}.{name}".lstrip(".") for name, child in parent.named_children()}
     return MoEBlock(
-        path, parent, gate, experts, shared, n, int(k), 1.0 if scale is None else float(scale), tuple(parts)
+        name=path,
+        module=parent,
+        gate=gate,
+        experts=experts,
+        shared=shared,
+        n_experts=n,
+        k=int(k),
+        scale=1.0 if scale is None else float(scale),
+        parts=tuple(parts),
+        gate_name=names[id(gate)],
+        experts_name=names[id(experts)],
     )
 
 
 def _count(experts: nn.Module) -> int:
-    n: Any = getattr(experts, "num_experts", None)
+    n = _number((experts,), COUNT_NAMES)
     down: Any = getattr(experts, "down_proj", None)
     return int(n) if n is not None else int(down.shape[0])
 
@@ -248,18 +274,3 @@ def _number(places: Iterable[Any], names: Sequence[str]) -> float | None:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return value
     return None
-
-
-def _correction(block: MoEBlock) -> Tensor | None:
-    """The vector that a gate adds to its scores when it chooses, and not when it weighs."""
-    for place in (block.gate, block.module):
-        for name, tensor in (*place.named_buffers(), *place.named_parameters()):
-            last = name.rpartition(".")[2]
-            if ("correction_bias" in last or last == "expert_bias") and tensor.numel() == block.n_experts:
-                return tensor.detach().reshape(-1)
-    return None
-
-
-def _constant(sums: Tensor, scale: float) -> bool:
-    # bfloat16 weights carry three digits.
-    return bool(torch.allclose(sums.float(), torch.full_like(sums, scale, dtype=torch.float32), rtol=2e-2))

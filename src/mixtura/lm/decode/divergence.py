@@ -64,11 +64,11 @@ def routing_divergence(
                 weak_NLV = model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             kl_NL = (strong_NLV.exp() * (strong_NLV - weak_NLV)).sum(-1)
             for name, mask in masks.items():
-                kl[name][r] += kl_NL[:, mask].double().sum()
+                kl[name][r] += kl_NL[:, mask].double().sum().item()
             for b, block in enumerate(blocks):
                 order_TE = block.scores(own[block.name]).argsort(dim=-1, descending=True, stable=True)
                 chosen = (order_TE[:, rank - 1, None] == strong[block.name].indices).any(-1)
-                unchosen[r, b] += (~chosen).double().sum()
+                unchosen[r, b] += (~chosen).sum().item()
         for name, mask in masks.items():
             tokens[name] += strong_NLV[:, mask].shape[0] * strong_NLV[:, mask].shape[1]
         seen += ids.numel()

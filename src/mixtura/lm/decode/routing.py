@@ -7,7 +7,8 @@ Source: SCMoE (2405.14507), eq. 3-4 and sec. 3.1; dynamic routing: Huang et al. 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,17 +89,24 @@ class RoutingRule:
         if self.kind == "default":
             return routing.weights, routing.indices
         indices_TK, kept_TK = self._places(block, routing, generator)
-        weights_TK = block.probabilities(routing).gather(-1, indices_TK)
+        sums_to_one = renorm is True or (renorm == "as_model" and bool(block.scoring.renormalises))
+        if sums_to_one and indices_TK.shape[1] == 1:
+            # Exactly 1, also where the probability underflows to 0.
+            weights_TK = routing.weights.new_ones(indices_TK.shape)
+        else:
+            weights_TK = block.probabilities(routing).gather(-1, indices_TK)
+            if kept_TK is not None:
+                weights_TK = weights_TK * kept_TK
+            if sums_to_one:
+                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         if kept_TK is not None:
-            weights_TK = weights_TK * kept_TK
             # The row's own first expert again, with weight 0: engines that loop over the experts hit read nothing new.
             indices_TK = torch.where(kept_TK, indices_TK, indices_TK[:, :1])
-        if renorm is True or (renorm == "as_model" and block.renormalises(routing)):
-            if weights_TK.shape[1] == 1:
-                weights_TK = torch.ones_like(weights_TK)  # also where a probability underflowed to 0
-            else:
-                weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
-        return (weights_TK * block.scale).to(routing.weights.dtype), indices_TK
+        if block.scale != 1:
+            weights_TK = weights_TK * block.scale
+        if block.expert_scale is not None:
+            weights_TK = weights_TK * block.expert_scale[indices_TK]
+        return weights_TK.to(routing.weights.dtype), indices_TK
 
     def _places(
         self, block: MoEBlock, routing: Routing, generator: torch.Generator | None
@@ -122,7 +130,7 @@ class RoutingRule:
 
 @contextmanager
 def routed(
-    model: nn.Module,
+    model: nn.Module | Sequence[MoEBlock],
     rule: RoutingRule | Sequence[RoutingRule],
     *,
     renorm: Renorm = True,
@@ -131,48 +139,94 @@ def routed(
     """Apply a rule to every mixture layer and every position of the forward passes inside the block.
 
     Args:
-        model: any mixture of experts; it is left as it was, also after an exception.
+        model: any mixture of experts, or its blocks where they are known; it is left as it was, also after an exception.
         rule: one rule, or one for each row of the batch.
         renorm: make the chosen weights sum to 1 (times the gate's scaling factor): a single expert then has weight 1, as in
-            eq. 4. ``False`` keeps the gate's probabilities; ``"as_model"`` does what the gate does, which is what the
-            authors' DeepSeek code ran.
+            eq. 4. ``False`` keeps the gate's scores; ``"as_model"`` does what the gate does, which is what the authors'
+            DeepSeek code ran.
         generator: draws of ``RoutingRule.random``.
     Raises:
-        ValueError: a dense model (its class is named), a rank beyond the experts, or rules that do not fit the batch.
+        ValueError: a dense model (its class is named), a rank beyond the experts, rules that do not fit the batch, or
+            ``"as_model"`` for a gate whose weights are neither its scores nor their shares.
     """
     if renorm not in (True, False, "as_model"):
         raise ValueError(f"renorm must be True, False or 'as_model', got {renorm!r}")
     rules = [rule] if isinstance(rule, RoutingRule) else list(rule)
-    blocks = find_moe(model)
+    if not rules:
+        raise ValueError("rule must name at least one rule, got none")
+    blocks = find_moe(model) if isinstance(model, nn.Module) else list(model)
     for one in rules:
         one.check(blocks)
+    if any(one.kind != "default" for one in rules):
+        _check_gates(blocks, renorm)
+    runs = _runs(rules)
 
     def change(block: MoEBlock, routing: Routing) -> tuple[Tensor, Tensor]:
-        if len(rules) == 1:
-            return rules[0].choose(block, routing, renorm, generator)
-        return _by_row(rules, block, routing, renorm, generator)
+        if len(runs) == 1 and (len(rules) == 1 or len(routing.logits) % len(rules) == 0):
+            return runs[0][0].choose(block, routing, renorm, generator)
+        return _by_row(runs, len(rules), block, routing, renorm, generator)
 
     with rerouted(blocks or model, change):
         yield
 
 
-def _by_row(rules: Sequence[RoutingRule], block: MoEBlock, routing: Routing, renorm: Renorm, generator: Any) -> Any:
+def _check_gates(blocks: Sequence[MoEBlock], renorm: Renorm) -> None:
+    """Ask every gate what it does while no hook listens, and refuse what cannot be done."""
+    for block in blocks:
+        if block.scoring.renormalises is None and renorm == "as_model":
+            raise ValueError(
+                f"renorm='as_model' needs a gate whose weights are its scores or their shares, and those of {block.name} "
+                f"({type(block.gate).__name__}) are neither; use True or False"
+            )
+
+
+def _runs(rules: Sequence[RoutingRule]) -> list[tuple[RoutingRule, int]]:
+    """Neighbouring rows with the same rule, which are chosen for together: (rule, number of rows)."""
+    return [(rule, len(list(same))) for rule, same in groupby(rules)]
+
+
+def _by_row(
+    runs: Sequence[tuple[RoutingRule, int]],
+    n_rows: int,
+    block: MoEBlock,
+    routing: Routing,
+    renorm: Renorm,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
     T = len(routing.logits)
-    if T % len(rules):
-        raise ValueError(f"{len(rules)} rules were given, one a row, for a batch whose {T} tokens they do not divide")
-    each = T // len(rules)
-    parts = []
-    first = 0
-    while first < len(rules):
-        # Neighbouring rows with the same rule are chosen for together.
-        last = first + 1
-        while last < len(rules) and rules[last] == rules[first]:
-            last += 1
-        rows = slice(first * each, last * each)
-        part = Routing(routing.weights[rows], routing.indices[rows], routing.logits[rows], routing.probs[rows])
-        parts.append(rules[first].choose(block, part, renorm, generator))
+    if T % n_rows:
+        raise ValueError(f"{n_rows} rules were given, one a row, for a batch whose {T} tokens they do not divide")
+    parts, first = [], 0
+    for rule, rows in runs:
+        last = first + rows * (T // n_rows)
+        part = Routing(
+            routing.weights[first:last],
+            routing.indices[first:last],
+            routing.logits[first:last],
+            routing.probs[first:last],
+        )
+        parts.append(rule.choose(block, part, renorm, generator))
         first = last
     width = max(weights.shape[1] for weights, _ in parts)
+    # A place without an expert: its own first expert with weight 0 is right in every engine; the index E costs nothing
+    # where the engine skips it.
+    sentinel = block.n_experts if _skips_sentinels(block) else None
     weights = [nn.functional.pad(w, (0, width - w.shape[1])) for w, _ in parts]
-    indices = [torch.cat([i, i[:, :1].expand(-1, width - i.shape[1])], dim=1) for _, i in parts]
+    indices = [_widened(i, width, sentinel) for _, i in parts]
     return torch.cat(weights), torch.cat(indices)
+
+
+def _widened(indices: Tensor, width: int, sentinel: int | None) -> Tensor:
+    missing = width - indices.shape[1]
+    if missing == 0:
+        return indices
+    if sentinel is not None:
+        return nn.functional.pad(indices, (0, missing), value=sentinel)
+    return torch.cat([indices, indices[:, :1].expand(-1, missing)], dim=1)
+
+
+def _skips_sentinels(block: MoEBlock) -> bool:
+    config = getattr(block.experts, "config", None)
+    return bool(getattr(block.experts, "mixtura_experts", False)) or (
+        getattr(config, "_experts_implementation", None) == "mixtura"
+    )

@@ -11,13 +11,14 @@ Source: SCMoE (2405.14507), eq. 4-6.
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mixtura.lm.anatomy import find_moe
 from mixtura.lm.decode.routing import Renorm, RoutingRule, routed
 
 __all__ = ["ContrastOutput", "contrast_logits", "generate", "self_contrast"]
@@ -25,6 +26,8 @@ __all__ = ["ContrastOutput", "contrast_logits", "generate", "self_contrast"]
 log = logging.getLogger(__name__)
 
 STRONG, WEAK = RoutingRule.default(), RoutingRule.rank(2)
+# What transformers' generate hands over besides the inputs of a text model; the loop makes its own.
+OWN_INPUTS = {"past_key_values", "use_cache", "position_ids", "logits_to_keep", "cache_position"}
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def generate(
     batched: bool = True,
     max_new_tokens: int,
     stopping_criteria: Sequence[Callable[..., Any]] | None = None,
+    logits_processor: Callable[[Tensor, Tensor], Tensor] | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     generator: torch.Generator | None = None,
@@ -109,6 +113,8 @@ def generate(
         batched: both passes in one batch; ``False`` runs them one after the other, with half the activations.
         max_new_tokens: longest continuation, >= 1.
         stopping_criteria: transformers' criteria, asked about the sequences of B rows.
+        logits_processor: transformers' processors, applied to the contrasted logits. Where they forbid all that the mask
+            allows, the strong logits take over.
         eos_token_id, pad_token_id: the model's own by default. A finished row goes on with padding.
         generator: draws of sampling and of random routing.
         return_dict: return a :class:`ContrastOutput` with the logits of every step.
@@ -133,6 +139,8 @@ def generate(
         for _ in range(max_new_tokens):
             z_strong, z_weak = passes.step(fed)
             scores = contrast_logits(z_strong, z_weak, alpha=alpha, beta=beta, t_strong=t_strong, t_weak=t_weak)
+            if logits_processor is not None:
+                scores = _processed(logits_processor, sequences, scores, z_strong / t_strong)
             token = _draw(scores, do_sample, generator)
             token = torch.where(open_rows, token, pad)
             sequences, fed = torch.cat([sequences, token[:, None]], dim=1), token[:, None]
@@ -159,18 +167,21 @@ def self_contrast(
     weak: RoutingRule = WEAK,
     alpha: float = 0.1,
     beta: float = 0.5,
+    t_strong: float = 1.0,
+    t_weak: float = 1.0,
     renorm: Renorm = True,
     batched: bool = True,
+    generator: torch.Generator | None = None,
     attention_mask: Tensor | None = None,
     **model_kwargs: Any,
 ) -> Tensor | ContrastOutput:
     """Self-contrast inside transformers: ``model.generate(..., custom_generate=mixtura.lm.self_contrast, beta=0.5)``.
 
-    Length, sampling, end and padding tokens come from ``generate``'s own arguments.
+    Length, sampling, processors, end and padding tokens come from ``generate``'s own arguments.
 
     Raises:
         ValueError: beam search, which compares sums of log-probabilities that contrasted logits are not.
-        TypeError: a cache of a fixed kind, which cannot be had twice.
+        TypeError: a cache of a fixed kind or one that already holds tokens, which cannot be had twice; inputs beside text.
     """
     config = generation_config
     if (config.num_beams or 1) > 1:
@@ -180,6 +191,7 @@ def self_contrast(
             f"self-contrast keeps two growing caches of its own; cache_implementation={config.cache_implementation!r} "
             "cannot be doubled, leave it out"
         )
+    _check_inputs(model_kwargs)
     pad = config.pad_token_id
     return generate(
         model,
@@ -189,6 +201,8 @@ def self_contrast(
         weak=weak,
         alpha=alpha,
         beta=beta,
+        t_strong=t_strong,
+        t_weak=t_weak,
         renorm=renorm,
         batched=batched,
         do_sample=bool(config.do_sample),
@@ -197,10 +211,38 @@ def self_contrast(
         stopping_criteria=[
             c for c in stopping_criteria or () if not hasattr(c, "max_length") and not hasattr(c, "eos_token_id")
         ],
+        logits_processor=logits_processor or None,
         eos_token_id=config.eos_token_id if config.eos_token_id is not None else (),
         pad_token_id=pad if pad is None or isinstance(pad, int) else int(pad[0]),
+        generator=generator,
         return_dict=bool(config.return_dict_in_generate),
     )
+
+
+def _check_inputs(model_kwargs: Mapping[str, Any]) -> None:
+    from transformers import QuantizedCache, StaticCache
+
+    cache = model_kwargs.get("past_key_values")
+    if isinstance(cache, (StaticCache, QuantizedCache)):
+        raise TypeError(
+            f"self-contrast keeps two growing caches of its own; a {type(cache).__name__} cannot be doubled, leave "
+            "past_key_values out"
+        )
+    if cache is not None and any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ())):
+        raise TypeError(
+            "past_key_values already holds tokens of one routing, and self-contrast needs those of two; give the whole "
+            "prompt instead"
+        )
+    extra = sorted(name for name, value in model_kwargs.items() if isinstance(value, Tensor) and name not in OWN_INPUTS)
+    if extra:
+        raise TypeError(f"self-contrast reads text only, got also {', '.join(extra)}")
+
+
+def _processed(processor: Callable[[Tensor, Tensor], Tensor], ids: Tensor, scores: Tensor, strong: Tensor) -> Tensor:
+    done = processor(ids, scores)
+    # An end token that is forbidden as yet may be the only one inside the mask: something has to be said all the same.
+    empty = done.isneginf().all(-1, keepdim=True)
+    return torch.where(empty, processor(ids, strong), done) if bool(empty.any()) else done
 
 
 class _Passes:
@@ -218,6 +260,7 @@ class _Passes:
         generator: torch.Generator | None,
     ):
         self.model, self.renorm, self.generator, self.mask = model, renorm, generator, mask
+        self.blocks = find_moe(model) or model  # found once, and not for every token
         both = [strong] * rows + [weak] * rows
         self.rules: list[RoutingRule | list[RoutingRule]] = [both] if batched else [strong, weak]
         self.caches: list[Any] = [None] * len(self.rules)
@@ -241,7 +284,7 @@ class _Passes:
             mask = self.mask.repeat(twice, 1)
             positions = (mask.cumsum(-1) - 1).clamp(min=0)
             inputs |= {"attention_mask": mask, "position_ids": positions[:, -fed.shape[1] :]}
-        with routed(self.model, self.rules[i], renorm=self.renorm, generator=self.generator):
+        with routed(self.blocks, self.rules[i], renorm=self.renorm, generator=self.generator):
             out = self.model(**inputs, past_key_values=self.caches[i], use_cache=True, **self.last_only)
         self.caches[i] = out.past_key_values
         return out.logits[:, -1].float()
