@@ -329,10 +329,11 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "A model of characters trained in the run. The gain needs text with easy but wrong continuations: on a clean corpus the "
-        "same recipe gains nothing, which the figures that begin with clean_ show. The recipe was chosen, and not at the first "
-        "try: 300 steps at 5e-3, best for greedy decoding on seed 100, met every bar on seeds 0 to 2 but the one on copied tokens "
-        "(3.8 for 5), as a pass routed to rank 2 alone failed on copying too. Steps and rate were then changed on seed 100, "
-        "where the longer training met that bar, and seeds 0 to 2 were run once."
+        "A model of characters trained in the run. The gain needs text with easy but wrong continuations: on a clean "
+        "corpus the same recipe gains nothing, which the figures that begin with clean_ show. The recipe was chosen, "
+        "and not at the first try: 300 steps at 5e-3, best for greedy decoding on seed 100, met every bar on seeds 0 "
+        "to 2 but that on copied tokens (3.8 for 5), as a pass routed to rank 2 alone failed on copying too. Steps "
+        "and rate were then changed on seed 100, where the longer training met that bar, and seeds 0 to 2 were run "
+        "once."
     ),
 )
