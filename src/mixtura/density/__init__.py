@@ -1,0 +1,15 @@
+"""Populations taken apart: mixtures of Gaussians, processes whose scale or spectrum is a mixture, unnormalised models.
+
+>>> from mixtura.density import GaussianMixture     # doctest: +SKIP
+
+Estimators in scikit-learn's conventions: NumPy in and out, torch inside. Each name imports its module when it is first
+used.
+"""
+
+from mixtura._lazy import lazy_names
+
+__all__: list[str] = []
+
+NAMES: dict[str, str] = {}
+
+__getattr__ = lazy_names(__name__, NAMES)
