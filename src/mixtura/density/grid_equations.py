@@ -249,7 +249,9 @@ def orders_of(equation: Any, coordinates: Sequence[Tensor]) -> tuple[Orders, ...
     step = 1e-5
     ends = [
         left_hand_side(
-            equation, Field(len(shape), {key: known[key] + sign * step * push[key] for key in known}.__getitem__), coordinates
+            equation,
+            Field(len(shape), {key: known[key] + sign * step * push[key] for key in known}.__getitem__),
+            coordinates,
         )
         for sign in (1, -1)
     ]

@@ -35,6 +35,7 @@ class Condition:
         plus, minus: positions in the flattened grid, int64, shape (n,); ``minus`` is None for a plain value.
         target: shape (n,).
         scale: brings derivatives to the unit of u: the spacing to the power of the order.
+        face: (axis, position) of a face, (axis, position, position) of two that are compared; None for single points.
     """
 
     orders: Orders
@@ -42,6 +43,7 @@ class Condition:
     minus: Tensor | None
     target: Tensor
     scale: float = 1.0
+    face: tuple[int, ...] | None = None
 
     def gap(self, field: Tensor) -> Tensor:
         """scale * (field at plus - at minus) - target, shape (n,)."""
@@ -247,7 +249,8 @@ def _face(key: Any, given: Any, axes: Sequence[Tensor], coordinates: Sequence[Te
     name = f"boundary at the {side} face of axis {axis}"
     target = _values(given, where, name, where[0].shape).reshape(-1)
     orders = tuple(order if i == axis else 0 for i in range(len(axes)))
-    return Condition(orders, _face_index(axis, position, coordinates), None, target, _spacing(axes[axis]) ** order)
+    at = _face_index(axis, position, coordinates)
+    return Condition(orders, at, None, target, _spacing(axes[axis]) ** order, (axis, position))
 
 
 def _face_key(key: Any, n_axes: int) -> tuple[int, str, int]:
@@ -269,7 +272,10 @@ def _periodic(axis: int, axes: Sequence[Tensor], coordinates: Sequence[Tensor]) 
     zero = torch.zeros(len(low), dtype=torch.float64, device=low.device)
     none = (0,) * len(axes)
     first = tuple(1 if i == axis else 0 for i in range(len(axes)))
-    return [Condition(none, low, high, zero), Condition(first, low, high, zero, _spacing(axes[axis]))]
+    return [
+        Condition(none, low, high, zero, 1.0, (axis, 0, -1)),
+        Condition(first, low, high, zero, _spacing(axes[axis]), (axis, 0, -1)),
+    ]
 
 
 def _points(given: Any, coordinates: Sequence[Tensor]) -> Condition:

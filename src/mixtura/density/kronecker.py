@@ -10,7 +10,6 @@ Source: 2311.04465, sec. 4.2; mode products as in Kolda and Bader 2009, sec. 2.5
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +17,6 @@ from torch import Tensor
 __all__ = [
     "AxisCovariance",
     "Orders",
-    "Root",
     "along",
     "along_all",
     "collapse",
@@ -29,7 +27,6 @@ __all__ = [
     "toeplitz",
 ]
 
-Root = Literal["cholesky", "eigen"]
 Orders = tuple[int, ...]  # order of the derivative along each axis
 
 
@@ -77,78 +74,87 @@ def diagonal_sums(matrix: Tensor, *, odd: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class AxisCovariance:
-    """Covariance of one axis, factored: K + jitter I = S S^T.
+    """Covariance of one axis, factored: K + jitter I = L L^T = S S^T with S = L Q.
 
     Attributes:
-        root: S, shape (M, M): lower triangular (``cholesky``), or eigenvectors times root eigenvalues (``eigen``).
-        kind: which of the two.
-        eigenvalues: of K + jitter I, shape (M,); only with ``eigen``.
+        lower: L, shape (M, M).
+        rotation: Q, orthogonal; None is the identity.
     """
 
-    root: Tensor
-    kind: Root
-    eigenvalues: Tensor | None = None
+    lower: Tensor
+    rotation: Tensor | None = None
+
+    @property
+    def root(self) -> Tensor:
+        """S, shape (M, M)."""
+        return self._turned(self.lower)
 
     def solve(self, x: Tensor) -> Tensor:
         """(K + jitter I)^-1 x for x of shape (M, n)."""
-        if self.eigenvalues is None:
-            return torch.cholesky_solve(x, self.root)
-        return self.root @ ((self.root.mT @ x) / self.eigenvalues.square()[:, None])
+        return torch.cholesky_solve(x, self.lower)
 
     def whitened(self, matrix: Tensor) -> Tensor:
         """matrix S^-T, shape (n, M): applied to z it is matrix (K + jitter I)^-1 u for u = S z."""
-        if self.eigenvalues is None:
-            return torch.linalg.solve_triangular(self.root, matrix.mT, upper=False).mT
-        return matrix @ (self.root / self.eigenvalues)
+        return self._turned(torch.linalg.solve_triangular(self.lower, matrix.mT, upper=False).mT)
 
     def whiten(self, x: Tensor) -> Tensor:
         """S^-1 x for x of shape (M, n)."""
-        if self.eigenvalues is None:
-            return torch.linalg.solve_triangular(self.root, x, upper=False)
-        return (self.root.mT @ x) / self.eigenvalues[:, None]
+        found = torch.linalg.solve_triangular(self.lower, x, upper=False)
+        return found if self.rotation is None else self.rotation.mT @ found
 
     def log_determinant(self) -> Tensor:
         """log |K + jitter I|, scalar."""
-        if self.eigenvalues is None:
-            return 2 * self.root.diagonal().log().sum()
-        return self.eigenvalues.log().sum()
+        return 2 * self.lower.diagonal().log().sum()
 
     def inverse(self) -> Tensor:
         """(K + jitter I)^-1, for the trace in a gradient only: solutions go through ``solve``."""
-        if self.eigenvalues is None:
-            return torch.cholesky_inverse(self.root)
-        scaled = self.root / self.eigenvalues
-        return scaled @ scaled.mT
+        return torch.cholesky_inverse(self.lower)
+
+    def turned_to(self, rows: Tensor, operators: Sequence[Tensor]) -> "AxisCovariance":
+        """The same covariance in a basis of few couplings: what a boundary asks of the axis, then waves.
+
+        The first coordinates span ``rows`` (n, M), functionals of L^-1 u; the others do not see them. In those, the sum
+        of the operators' Gram matrices, each at norm 1, is diagonal. With the end points as rows they are like sine
+        waves, in which derivatives are almost diagonal up to the boundary, so that the diagonal of the normal equations
+        is a good preconditioner. Only meant for a covariance that is not turned yet.
+
+        Args:
+            operators: matrices K^(order) L^-T, of shape (M, M).
+        """
+        full = torch.linalg.qr(rows.mT, mode="complete").Q
+        rest = full[:, len(rows) :]
+        gram = torch.zeros(rest.shape[1], rest.shape[1], dtype=rest.dtype, device=rest.device)
+        for operator in operators:
+            seen = operator @ rest
+            own = seen.mT @ seen
+            gram += own / own.norm()
+        waves = torch.linalg.eigh(gram).eigenvectors
+        return AxisCovariance(self.lower, torch.cat([full[:, : len(rows)], rest @ waves], 1))
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        return matrix if self.rotation is None else matrix @ self.rotation
 
 
-def factor_axis(column: Tensor, jitter: float, *, root: Root = "cholesky") -> AxisCovariance:
+def factor_axis(column: Tensor, jitter: float) -> AxisCovariance:
     """Factor the covariance of a uniform axis from its first column.
-
-    ``cholesky`` is the quicker. ``eigen`` gives a basis in which derivatives are almost diagonal (a Toeplitz matrix is
-    almost diagonal in waves), so that a diagonal is a good preconditioner in more than one dimension.
 
     Raises:
         ValueError: the matrix is not positive definite in float64.
     """
     matrix = toeplitz(column)
     matrix.diagonal().add_(jitter)
-    if root == "cholesky":
-        lower, info = torch.linalg.cholesky_ex(matrix)
-        if int(info) == 0:
-            return AxisCovariance(lower, root)
-    else:
-        values, vectors = torch.linalg.eigh(matrix)
-        if float(values[0]) > 0:
-            return AxisCovariance(vectors * values.sqrt(), root, values)
-    raise ValueError(
-        f"the covariance of an axis with {len(column)} points is not positive definite at jitter={jitter:g}; "
-        "raise jitter, or start from a larger kernel scale (smoother kernels need more jitter)"
-    )
+    lower, info = torch.linalg.cholesky_ex(matrix)
+    if int(info) != 0:
+        raise ValueError(
+            f"the covariance of an axis with {len(column)} points is not positive definite at jitter={jitter:g}; "
+            "raise jitter, or start from rougher kernels (smoother ones need more jitter)"
+        )
+    return AxisCovariance(lower)
 
 
 def grid_log_determinant(axes: Sequence[AxisCovariance]) -> Tensor:
     """log |C| of the whole grid: sum_i (M / M_i) log |K_i|."""
-    sizes = [len(axis.root) for axis in axes]
+    sizes = [len(axis.lower) for axis in axes]
     total = math.prod(sizes)
     return torch.stack([total // n * axis.log_determinant() for n, axis in zip(sizes, axes, strict=True)]).sum()
 

@@ -22,7 +22,6 @@ from mixtura.density.grid_problem import GridProblem
 from mixtura.density.kronecker import (
     AxisCovariance,
     Orders,
-    Root,
     along,
     along_all,
     diagonal_sums,
@@ -73,25 +72,37 @@ class Whitened:
         return u
 
 
-def whiten_grid(
-    kernels: Sequence[SpectralMixture1D], problem: GridProblem, jitter: float, *, root: Root | None = None
-) -> Whitened:
+def whiten_grid(kernels: Sequence[SpectralMixture1D], problem: GridProblem, jitter: float) -> Whitened:
     """Factor the covariance of every axis and whiten the derivatives that the problem needs.
 
-    One column a matrix: on a uniform axis all of them are Toeplitz.
+    One column a matrix: on a uniform axis all of them are Toeplitz. In more than one dimension each axis is turned to
+    the basis in which its boundary conditions and its waves stand apart.
     """
-    kind = root or ("cholesky" if len(problem.axes) == 1 else "eigen")
     axes, columns, factors = [], [], []
     for i, (kernel, x) in enumerate(zip(kernels, problem.axes, strict=True)):
         orders = sorted({key[i] for key in problem.keys()})
         column = {order: kernel(x - x[0], order) for order in orders}
         with torch.no_grad():
-            axis = factor_axis(column[0], jitter, root=kind)
+            axis = factor_axis(column[0], jitter)
             matrices = {o: axis.whitened(toeplitz(column[o], odd=o % 2 == 1)) for o in orders if o > 0}
+            matrices[0] = axis.root
+            if len(problem.axes) > 1:
+                axis = axis.turned_to(_pins(problem, matrices, i), list(matrices.values()))
+                assert axis.rotation is not None
+                matrices = {o: matrix @ axis.rotation for o, matrix in matrices.items()}
         axes.append(axis)
         columns.append(column)
-        factors.append({0: axis.root, **matrices})
+        factors.append(matrices)
     return Whitened(tuple(axes), tuple(columns), tuple(factors))
+
+
+def _pins(problem: GridProblem, matrices: Mapping[int, Tensor], axis: int) -> Tensor:
+    """The functionals of one axis that the conditions on its faces ask for, shape (n, M_axis)."""
+    asked = {(c.orders[axis], *c.face[1:]) for c in problem.conditions if c.face is not None and c.face[0] == axis}
+    rows = [
+        matrices[order][ats[0]] - (matrices[order][ats[1]] if len(ats) == 2 else 0) for order, *ats in sorted(asked)
+    ]
+    return torch.stack(rows) if rows else matrices[0][:0]
 
 
 def log_joint(
@@ -134,7 +145,7 @@ def plain_log_joint(
         d = x[:, None] - x[None, :]
         covariance = kernel(d) + jitter * torch.eye(len(x), dtype=x.dtype, device=x.device)
         lower = torch.linalg.cholesky(covariance)
-        covariances.append(AxisCovariance(lower, "cholesky"))
+        covariances.append(AxisCovariance(lower))
         orders = {key[i] for key in problem.keys()} - {0}
         derivatives.append({0: None, **{o: torch.cholesky_solve(kernel(d, o).mT, lower).mT for o in orders}})
     inverse = u
@@ -179,7 +190,7 @@ def kernel_gradient(
     gradients: list[Tensor] = []
     for i, axis in enumerate(whitened.axes):
         own = _solved(axis.solve, u, i)
-        share = u.numel() // len(axis.root)
+        share = u.numel() // len(axis.lower)
         in_k = -0.5 * share * axis.inverse() + 0.5 * _contract(inverse_u, own, i)
         for order in {key[i] for key in pulls} - {0}:
             matrix = toeplitz(whitened.columns[i][order].detach(), odd=order % 2 == 1)

@@ -4,18 +4,19 @@ For a linear equation the log joint is quadratic in the field, so the field is s
 have a closed form; and by the envelope theorem the gradient of what is left (a function of the kernel alone) is the
 partial one. It reaches in tens of steps what joint gradient descent on everything reaches in 1e5.
 
-- 1-D: dense normal equations in whitened coordinates.
+- 1-D: LSMR preconditioned by the Cholesky factor of the normal equations; a handful of iterations restore what the
+  factor of a matrix with a condition number beyond float64 loses.
 - 2-D and more: LSMR with Kronecker products, warm started, preconditioned by the norms of the operator's columns in
-  the eigenbasis of the covariances, where derivatives are almost diagonal.
+  a basis where boundary and waves stand apart and derivatives are almost diagonal.
 - Nonlinear equations: Gauss-Newton with a line search around either.
 
 Not in the paper, whose algorithm is :mod:`mixtura.density.adam_solver`; the optimum is the same.
 """
 
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,14 +29,12 @@ from mixtura.density.least_squares import lsmr
 from mixtura.density.log_joint import Precisions, Whitened, kernel_gradient, linearised_at, log_joint, whiten_grid
 from mixtura.density.spectral_mixture import SpectralMixture1D
 
-__all__ = ["Fit", "InnerState", "inner_solve", "profile_fit", "profile_step"]
-
-log = logging.getLogger(__name__)
+__all__ = ["Fit", "InnerOptions", "InnerState", "best_precisions", "inner_solve", "profile_fit", "profile_step"]
 
 LOG_PRECISION_CAP = 30.0
-REPEATS = 3  # of (solve, precisions) in one step
 NEWTON_STEPS = 10
 HALVINGS = 12
+ROUGH_ITERATIONS = 50  # of LSMR in a step that only serves the kernel's gradient, in more than one dimension
 
 
 @dataclass
@@ -46,6 +45,8 @@ class Fit:
     precisions: Precisions
     log_joint: float
     history: list[dict[str, float]] = field(default_factory=list)
+    converged: bool = True
+    inner_residual: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class InnerState:
     near: Linearised
     log_joint: float
     converged: bool
-    residual: float  # of the least-squares iteration, relative; 0 for a dense solve
+    inner_residual: float  # of the last least squares: ||A^T r|| / (||A|| ||r||)
+
+    def u(self) -> Tensor:
+        """The field on the grid."""
+        return self.fields[(0,) * self.z.dim()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,16 +71,16 @@ class InnerOptions:
     """How the field is solved for.
 
     Attributes:
-        boundary_weight: lambda_b.
-        tol: of the iterative least squares and of Gauss-Newton, relative.
-        max_iterations: of LSMR.
+        boundary_weight: lambda_b, > 0.
+        tol: of the least squares, as ||A^T r|| / (||A|| ||r||).
+        max_iterations: of LSMR, each time.
         repeats: of (solve, precisions).
     """
 
     boundary_weight: float = 200.0
     tol: float = 1e-10
-    max_iterations: int = 500
-    repeats: int = REPEATS
+    max_iterations: int = 1000
+    repeats: int = 3
 
 
 def inner_solve(
@@ -90,10 +95,11 @@ def inner_solve(
 
     Args:
         start: whitened field to start from, shape (M_1, ..., M_D); zeros without.
-        precisions: to start from; both 1 without.
+        precisions: to start from. Without, the equation's is 1 and the boundary's at its cap: where it starts low, an
+            equation without a source has the trivial optimum u = 0 that ignores its boundary.
     """
     z = torch.zeros(problem.shape, dtype=torch.float64, device=problem.source.device) if start is None else start
-    precisions = precisions or Precisions()
+    precisions = precisions or Precisions(log_boundary=LOG_PRECISION_CAP)
     keys = problem.keys()
     fields = whitened.fields(z, keys)
     near = linearised_at(problem, fields)
@@ -168,8 +174,11 @@ def _searched(
     return z, near, fields
 
 
-def _dense_solver(whitened: Whitened, problem: GridProblem, near: Linearised, options: InnerOptions):
-    """1-D: the operator as a matrix, normal equations by Cholesky."""
+Solve = Callable[[Tensor, Linearised, dict[Orders, Tensor], Precisions], tuple[Tensor, bool, float]]
+
+
+def _dense_solver(whitened: Whitened, problem: GridProblem, near: Linearised, options: InnerOptions) -> Solve:
+    """1-D: the operator as a matrix, LSMR preconditioned by the Cholesky factor of its normal equations."""
     factors = whitened.factors[0]
     jacobian = torch.stack([c[:, None] * factors[key[0]] for key, c in near.coefficients.items()]).sum(0)
     gram = jacobian.mT @ jacobian
@@ -177,7 +186,9 @@ def _dense_solver(whitened: Whitened, problem: GridProblem, near: Linearised, op
     rows_NM = torch.cat(rows) if rows else gram[:0]
     targets_N = torch.cat([c.target for c in problem.conditions]) if rows else gram[:0, 0]
 
-    def ask(z: Tensor, near: Linearised, fields: dict[Orders, Tensor], precisions: Precisions):
+    def ask(
+        z: Tensor, near: Linearised, fields: dict[Orders, Tensor], precisions: Precisions
+    ) -> tuple[Tensor, bool, float]:
         root_tau = math.exp(0.5 * precisions.log_equation)
         root_weight = math.sqrt(options.boundary_weight) * math.exp(0.5 * precisions.log_boundary)
         lower = _preconditioner(gram, rows_NM, root_tau**2, root_weight**2)
@@ -195,13 +206,11 @@ def _dense_solver(whitened: Whitened, problem: GridProblem, near: Linearised, op
         right = torch.cat([-root_tau * near.residual, -root_weight * (rows_NM @ z - targets_N), -z])
         found = lsmr(product, adjoint, right, tol=options.tol, max_iterations=options.max_iterations)
         change = torch.linalg.solve_triangular(lower.mT, found.x[:, None], upper=True)[:, 0]
-        ITER.append(found.iterations)
         return z + change, found.converged, found.residual
 
     return ask
 
 
-ITER = []
 def _preconditioner(gram: Tensor, rows: Tensor, tau: float, weight: float) -> Tensor:
     """Cholesky factor of I + tau gram + weight rows^T rows, its diagonal raised as far as float64 needs."""
     normal = tau * gram
@@ -216,12 +225,14 @@ def _preconditioner(gram: Tensor, rows: Tensor, tau: float, weight: float) -> Te
     return lower
 
 
-def _iterative_solver(whitened: Whitened, problem: GridProblem, near: Linearised, options: InnerOptions):
+def _iterative_solver(whitened: Whitened, problem: GridProblem, near: Linearised, options: InnerOptions) -> Solve:
     """2-D and more: LSMR for the change of z, preconditioned by column norms."""
     factors, shape, keys = whitened.factors, problem.shape, problem.keys()
     sizes = [problem.source.numel(), *(len(c.target) for c in problem.conditions), problem.source.numel()]
 
-    def ask(z: Tensor, near: Linearised, fields: dict[Orders, Tensor], precisions: Precisions):
+    def ask(
+        z: Tensor, near: Linearised, fields: dict[Orders, Tensor], precisions: Precisions
+    ) -> tuple[Tensor, bool, float]:
         root_tau = math.exp(0.5 * precisions.log_equation)
         root_weight = math.sqrt(options.boundary_weight) * math.exp(0.5 * precisions.log_boundary)
         scale = _column_norms(whitened, problem, near, root_tau, root_weight).reciprocal()
@@ -267,16 +278,22 @@ def _column_norms(
     for a in keys:
         for b in keys:
             mean = float((near.coefficients[a] * near.coefficients[b]).mean())
-            squares += root_tau**2 * mean * _outer(
-                [(f[p] * f[q]).sum(0) for f, p, q in zip(whitened.factors, a, b, strict=True)]
+            squares += (
+                root_tau**2
+                * mean
+                * _outer([(f[p] * f[q]).sum(0) for f, p, q in zip(whitened.factors, a, b, strict=True)])
             )
-    m = problem.source.numel()
     for c in problem.conditions:
-        # A face is taken as its share of all points, spread evenly: exact enough, and no row is formed.
-        share = c.scale**2 * len(c.target) / m * (1 if c.minus is None else 2)
-        squares += root_weight**2 * share * _outer(
-            [f[p].square().sum(0) for f, p in zip(whitened.factors, c.orders, strict=True)]
-        )
+        sums = [f[p].square().sum(0) for f, p in zip(whitened.factors, c.orders, strict=True)]
+        if c.face is None:
+            # Single points are taken as their share of all points, spread evenly.
+            share = len(c.target) / problem.source.numel()
+        else:
+            axis, *ats = c.face
+            rows = whitened.factors[axis][c.orders[axis]][ats]
+            sums[axis] = (rows[0] - rows[1] if len(ats) == 2 else rows[0]).square()
+            share = 1.0
+        squares += root_weight**2 * c.scale**2 * share * _outer(sums)
     return squares.clamp(min=1.0).sqrt()
 
 
@@ -294,17 +311,15 @@ def profile_step(
     jitter: float,
     before: tuple[Tensor, Precisions] | None = None,
 ) -> InnerState:
-    """One profile step: solve for field and precisions, and leave the gradient of -L in the kernels' ``grad``.
+    """One profile step: solve for field and precisions, and add the gradient of -L to the kernels' ``grad``.
 
     Args:
         before: field (not whitened) and precisions to start from.
     """
     whitened = whiten_grid(kernels, problem, jitter)
     with torch.no_grad():
-        start = None if before is None else whitened.whiten(before[0])
-        state = inner_solve(whitened, problem, options, start=start, precisions=None if before is None else before[1])
-    u = state.fields[(0,) * len(problem.axes)]
-    kernel_gradient(whitened, problem, u, state.near, state.fields, state.precisions, options.boundary_weight)
+        state = _solved_from(whitened, problem, options, before)
+    kernel_gradient(whitened, problem, state.u(), state.near, state.fields, state.precisions, options.boundary_weight)
     return state
 
 
@@ -317,24 +332,32 @@ def profile_fit(
     jitter: float,
     lr: float = 0.05,
 ) -> Fit:
-    """Maximise the log joint over kernels, field and precisions; the kernels end at the best step's parameters."""
-    parameters = [p for kernel in kernels for p in kernel.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(parameters, lr=lr)
-    best: Fit | None = None
+    """Maximise the log joint over kernels, field and precisions; the kernels end at the best step's parameters.
+
+    In more than one dimension the steps solve for the field roughly, each going on where the last one stopped, and the
+    best one is solved to ``options`` at the end.
+
+    Args:
+        n_steps: Adam steps on the kernels, >= 0.
+        lr: Adam's rate for log-weights and log-scales, and for frequencies in units of their initial spacing.
+    """
+    optimizer = torch.optim.Adam(_groups(kernels, lr))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    rough = options
+    if len(problem.axes) > 1:
+        rough = replace(options, repeats=1, max_iterations=min(options.max_iterations, ROUGH_ITERATIONS))
+    best: InnerState | None = None
     kept: list[Tensor] = []
     history: list[dict[str, float]] = []
     before: tuple[Tensor, Precisions] | None = None
     with bar(desc="profile", unit="step", total=n_steps + 1) as shown:
         for step in range(n_steps + 1):
             optimizer.zero_grad(set_to_none=True)
-            state = profile_step(kernels, problem, options, jitter, before)
-            u = state.fields[(0,) * len(problem.axes)]
-            before = (u, state.precisions)
-            rms = float(state.near.residual.square().mean().sqrt())
-            history.append({"log_joint": state.log_joint, "residual": rms, "inner_residual": state.residual})
+            state = profile_step(kernels, problem, rough, jitter, before)
+            before = (state.u(), state.precisions)
+            history.append(_history(state))
             if best is None or state.log_joint > best.log_joint:
-                best = Fit(u, state.precisions, state.log_joint)
-                kept = [p.detach().clone() for p in parameters]
+                best, kept = state, [p.detach().clone() for p in parameters]
             shown.set_postfix(L=f"{state.log_joint:.4g}")
             shown.update()
             if step < n_steps:
@@ -343,4 +366,32 @@ def profile_fit(
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
-    return replace(best, history=history)
+        if rough is not options:
+            whitened = whiten_grid(kernels, problem, jitter)
+            best = _solved_from(whitened, problem, options, (best.u(), best.precisions))
+            history.append(_history(best))
+    return Fit(best.u(), best.precisions, best.log_joint, history, best.converged, best.inner_residual)
+
+
+def _solved_from(
+    whitened: Whitened, problem: GridProblem, options: InnerOptions, before: tuple[Tensor, Precisions] | None
+) -> InnerState:
+    if before is None:
+        return inner_solve(whitened, problem, options)
+    return inner_solve(whitened, problem, options, start=whitened.whiten(before[0]), precisions=before[1])
+
+
+def _groups(kernels: Sequence[SpectralMixture1D], lr: float) -> list[dict[str, Any]]:
+    """Parameter groups; a frequency moves by a share of the initial spacing, whatever the unit of length."""
+    groups: list[dict[str, Any]] = []
+    for kernel in kernels:
+        others = [p for name, p in kernel.named_parameters() if name != "frequency" and p.requires_grad]
+        groups.append({"params": others, "lr": lr})
+        if kernel.frequency.requires_grad:
+            groups.append({"params": [kernel.frequency], "lr": lr * kernel.frequency_spacing})
+    return groups
+
+
+def _history(state: InnerState) -> dict[str, float]:
+    rms = float(state.near.residual.square().mean().sqrt())
+    return {"log_joint": state.log_joint, "residual": rms, "inner_residual": state.inner_residual}

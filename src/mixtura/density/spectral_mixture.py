@@ -27,6 +27,7 @@ KINDS: tuple[Kind, ...] = ("gaussian", "student")
 
 # Orders that the conditional mean of a Matern-5/2 process still has: k itself is four times continuously differentiable.
 STUDENT_ORDERS = 4
+WIDTH = 0.25  # initial half-width of a bump, in units of the spacing of the frequencies
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,10 @@ class SpectralMixture1D(nn.Module):
         max_frequency: largest initial frequency; they start evenly between 0 and it, in cycles per unit of length.
         learn_frequency: False freezes the frequencies. With ``max_frequency=0`` that is the plain squared-exponential or
             Matern kernel.
-        log_scale: initial log-scale of every component.
-        trend: adds one Matern-5/2 component without a frequency, for a slow trend under fast oscillation.
+        log_scale: initial log-scale of every component; None widens each bump to a quarter of their spacing in
+            frequency, so that what lies between two of them is within reach whatever the unit of length.
+        trend: adds one Matern-5/2 component without a frequency and of this initial length, for a slow trend under fast
+            oscillation; None adds none.
         log_weights: False learns the weights themselves, clamped at 0, as a comparison; there is no such prior then.
     Raises:
         ValueError: an unknown kind, no component, or a negative or infinite ``max_frequency``.
@@ -67,8 +70,8 @@ class SpectralMixture1D(nn.Module):
         max_frequency: float = 1.0,
         *,
         learn_frequency: bool = True,
-        log_scale: float = 0.0,
-        trend: bool = False,
+        log_scale: float | None = 0.0,
+        trend: float | None = None,
         log_weights: bool = True,
     ) -> None:
         super().__init__()
@@ -80,6 +83,10 @@ class SpectralMixture1D(nn.Module):
             raise ValueError(f"max_frequency must be finite and >= 0, got {max_frequency}")
         self.kind = kind
         self.log_weights = log_weights
+        # Without a ladder of frequencies there is no spacing; 1 per unit of length leaves log_scale to decide.
+        self.frequency_spacing = max_frequency / (n_components - 1) if max_frequency > 0 and n_components > 1 else 1.0
+        if log_scale is None:
+            log_scale = _log_scale_of_width(kind, WIDTH * self.frequency_spacing)
         share = 1.0 / n_components
         start = math.log(share) if log_weights else share
         self.raw_weight = nn.Parameter(torch.full((n_components,), start, dtype=torch.float64))
@@ -88,7 +95,9 @@ class SpectralMixture1D(nn.Module):
             torch.linspace(0.0, max_frequency, n_components, dtype=torch.float64), requires_grad=learn_frequency
         )
         # (log-weight, log-scale) of the trend.
-        self.trend = nn.Parameter(torch.tensor([math.log(share), 0.0], dtype=torch.float64)) if trend else None
+        self.trend = None
+        if trend is not None:
+            self.trend = nn.Parameter(torch.tensor([math.log(share), -math.log(trend)], dtype=torch.float64))
 
     def weights(self) -> Tensor:
         """Weights w, shape (Q,), >= 0; the trend's is not among them."""
@@ -106,7 +115,9 @@ class SpectralMixture1D(nn.Module):
         d_1 = d.double().unsqueeze(-1)
         m_Q = 2 * math.pi * self.frequency
         scale_Q = self.log_scale.exp()
-        decays = _gaussian_decays(d_1, scale_Q, order) if self.kind == "gaussian" else _matern_decays(d_1, scale_Q, order)
+        decays = (
+            _gaussian_decays(d_1, scale_Q, order) if self.kind == "gaussian" else _matern_decays(d_1, scale_Q, order)
+        )
         angle = m_Q * d_1
         cosine, sine = angle.cos(), angle.sin()
         # The j-th derivative of the cosine is m^j times one of cos, -sin, -cos, sin in turn.
@@ -158,6 +169,13 @@ class SpectralMixture1D(nn.Module):
         with torch.no_grad():
             weights_Q = self.weights()
             return math.exp(float(entropy(weights_Q / weights_Q.sum())))
+
+
+def _log_scale_of_width(kind: Kind, width: float) -> float:
+    """Log-scale at which a bump has the given standard deviation (gaussian) or half-width at half height (student)."""
+    if kind == "gaussian":
+        return math.log(2 * (math.pi * width) ** 2)
+    return math.log(2 * math.pi * width / math.sqrt(5 * (2 ** (1 / 3) - 1)))
 
 
 def _gaussian_decays(d: Tensor, rho: Tensor, order: int) -> list[Tensor]:
