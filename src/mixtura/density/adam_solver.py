@@ -54,10 +54,11 @@ def adam_fit(
                 kernels, problem, u, log_tau[0], log_tau[1], boundary_weight=boundary_weight, jitter=jitter
             )
             if not torch.isfinite(value):
-                raise RuntimeError(f"the log joint became {float(value)} at step {step}; raise jitter={jitter:g}")
-            history.append({"log_joint": float(value)})
-            if float(value) > best:
-                best, kept = float(value), [p.detach().clone() for p in parameters]
+                raise RuntimeError(f"the log joint became {value.item()} at step {step}; raise jitter={jitter:g}")
+            reached = value.item()
+            history.append({"log_joint": reached})
+            if reached > best:
+                best, kept = reached, [p.detach().clone() for p in parameters]
             shown.update()
             if step < n_steps:
                 (-value).backward()

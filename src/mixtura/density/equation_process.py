@@ -276,7 +276,7 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
 
     def _check_orders(self, problem: GridProblem) -> None:
-        highest = max(order for key in problem.keys() for order in key)
+        highest = max(order for key in problem.all_orders() for order in key)
         if self.kind == "gaussian" and not self.extra_trend:
             return
         if highest > STUDENT_ORDERS:

@@ -241,8 +241,8 @@ def orders_of(equation: Any, coordinates: Sequence[Tensor]) -> tuple[Orders, ...
     base = Field(len(shape), noise)
     left_hand_side(equation, base, coordinates)
     known = dict(base._known)
-    found = linearise(equation, known, coordinates)
-    if not found.coefficients:
+    found = linearise(equation, known, coordinates) if known else None
+    if found is None or not found.coefficients:
         raise ValueError("the equation does not depend on the field, so there is nothing to solve for")
     # Central difference along a random direction against the diagonal derivative: they part where points are coupled.
     push = {key: torch.randn(shape, generator=draw, dtype=torch.float64).to(like.device) for key in known}

@@ -95,7 +95,7 @@ class GridProblem:
         """Number of boundary conditions, N_b."""
         return sum(len(c.target) for c in self.conditions)
 
-    def keys(self) -> tuple[Orders, ...]:
+    def all_orders(self) -> tuple[Orders, ...]:
         """All derivatives that the equation or a condition needs, the field itself included."""
         zero = (0,) * len(self.axes)
         return tuple(sorted({zero, *self.orders, *(c.orders for c in self.conditions)}))

@@ -80,7 +80,7 @@ def whiten_grid(kernels: Sequence[SpectralMixture1D], problem: GridProblem, jitt
     """
     axes, columns, factors = [], [], []
     for i, (kernel, x) in enumerate(zip(kernels, problem.axes, strict=True)):
-        orders = sorted({key[i] for key in problem.keys()})
+        orders = sorted({key[i] for key in problem.all_orders()})
         column = {order: kernel(x - x[0], order) for order in orders}
         with torch.no_grad():
             axis = factor_axis(column[0], jitter)
@@ -146,12 +146,12 @@ def plain_log_joint(
         covariance = kernel(d) + jitter * torch.eye(len(x), dtype=x.dtype, device=x.device)
         lower = torch.linalg.cholesky(covariance)
         covariances.append(AxisCovariance(lower))
-        orders = {key[i] for key in problem.keys()} - {0}
+        orders = {key[i] for key in problem.all_orders()} - {0}
         derivatives.append({0: None, **{o: torch.cholesky_solve(kernel(d, o).mT, lower).mT for o in orders}})
     inverse = u
     for i, axis in enumerate(covariances):
         inverse = _solved(axis.solve, inverse, i)
-    fields = expand(u, derivatives, problem.keys())
+    fields = expand(u, derivatives, problem.all_orders())
     residual = _residual(problem, fields)
     gap = torch.stack([c.gap(fields[c.orders]).square().sum() for c in problem.conditions] or [u.new_zeros(())]).sum()
     boundary = 0.5 * problem.n_conditions * log_tau_boundary - 0.5 * log_tau_boundary.exp() * gap

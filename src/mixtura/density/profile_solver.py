@@ -100,7 +100,7 @@ def inner_solve(
     """
     z = torch.zeros(problem.shape, dtype=torch.float64, device=problem.source.device) if start is None else start
     precisions = precisions or Precisions(log_boundary=LOG_PRECISION_CAP)
-    keys = problem.keys()
+    keys = problem.all_orders()
     fields = whitened.fields(z, keys)
     near = linearised_at(problem, fields)
     solver = _dense_solver if len(problem.axes) == 1 else _iterative_solver
@@ -162,7 +162,7 @@ def _searched(
     options: InnerOptions,
 ) -> tuple[Tensor, Linearised, dict[Orders, Tensor]]:
     """The first of the full step, half of it, ... that lowers the energy; z itself where none does."""
-    keys = problem.keys()
+    keys = problem.all_orders()
     step = 1.0
     for _ in range(1 if problem.linear else HALVINGS):
         tried = z + step * (target - z) if step < 1 else target
@@ -227,7 +227,7 @@ def _preconditioner(gram: Tensor, rows: Tensor, tau: float, weight: float) -> Te
 
 def _iterative_solver(whitened: Whitened, problem: GridProblem, near: Linearised, options: InnerOptions) -> Solve:
     """2-D and more: LSMR for the change of z, preconditioned by column norms."""
-    factors, shape, keys = whitened.factors, problem.shape, problem.keys()
+    factors, shape, keys = whitened.factors, problem.shape, problem.all_orders()
     sizes = [problem.source.numel(), *(len(c.target) for c in problem.conditions), problem.source.numel()]
 
     def ask(
@@ -240,7 +240,7 @@ def _iterative_solver(whitened: Whitened, problem: GridProblem, near: Linearised
         def product(y: Tensor) -> Tensor:
             change = y.reshape(shape) * scale
             moved = whitened.fields(change, keys)
-            equation = sum(c * moved[key] for key, c in near.coefficients.items())
+            equation = torch.stack([c * moved[key] for key, c in near.coefficients.items()]).sum(0)
             parts = [root_tau * equation.reshape(-1)]
             parts += [root_weight * c.rows(moved[c.orders]) for c in problem.conditions]
             return torch.cat([*parts, change.reshape(-1)])
