@@ -355,7 +355,7 @@ def profile_fit(
             optimizer.zero_grad(set_to_none=True)
             state = profile_step(kernels, problem, rough, jitter, before)
             before = (state.u(), state.precisions)
-            history.append(_history(state))
+            history.append(_history(state, kernels))
             if best is None or state.log_joint > best.log_joint:
                 best, kept = state, [p.detach().clone() for p in parameters]
             shown.set_postfix(L=f"{state.log_joint:.4g}")
@@ -369,7 +369,7 @@ def profile_fit(
         if rough is not options:
             whitened = whiten_grid(kernels, problem, jitter)
             best = _solved_from(whitened, problem, options, (best.u(), best.precisions))
-            history.append(_history(best))
+            history.append(_history(best, kernels))
     return Fit(best.u(), best.precisions, best.log_joint, history, best.converged, best.inner_residual)
 
 
@@ -392,6 +392,10 @@ def _groups(kernels: Sequence[SpectralMixture1D], lr: float) -> list[dict[str, A
     return groups
 
 
-def _history(state: InnerState) -> dict[str, float]:
-    rms = float(state.near.residual.square().mean().sqrt())
-    return {"log_joint": state.log_joint, "residual": rms, "inner_residual": state.inner_residual}
+def _history(state: InnerState, kernels: Sequence[SpectralMixture1D]) -> dict[str, float]:
+    return {
+        "log_joint": state.log_joint,
+        "residual": float(state.near.residual.square().mean().sqrt()),
+        "inner_residual": state.inner_residual,
+        "effective_components": sum(kernel.effective_components() for kernel in kernels) / len(kernels),
+    }
