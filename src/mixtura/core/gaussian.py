@@ -114,7 +114,7 @@ class Statistics:
 
     def from_vector(self, vector: Tensor) -> Statistics:
         """Statistics of this one's shapes with the numbers of ``vector``."""
-        parts = vector.split([part.numel() for part in self._parts()])
+        parts = torch.split(vector, [part.numel() for part in self._parts()])
         return Statistics(*(new.reshape(old.shape) for new, old in zip(parts, self._parts(), strict=True)))
 
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
