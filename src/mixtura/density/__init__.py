@@ -10,6 +10,12 @@ from mixtura._lazy import lazy_names
 
 __all__: list[str] = []
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "BurrXII": "mixtura.density.scale_priors",
+    "FixedScale": "mixtura.density.scale_priors",
+    "InverseGamma": "mixtura.density.scale_priors",
+    "ScaleMixtureRegressor": "mixtura.density.scale_mixture_process",
+    "WideNetworkKernel": "mixtura.density.wide_network_kernel",
+}
 
 __getattr__ = lazy_names(__name__, NAMES)
