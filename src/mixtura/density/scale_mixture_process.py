@@ -11,6 +11,7 @@ Shapes: N training inputs, M test inputs, F features (or images, see ``WideNetwo
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         seed: of restarts and importance sampling.
     Attributes:
         log_evidence_: log density of the (normalised) targets, nats.
+        quadratic_: y' K_y^-1 y of those targets, all that the scale is inferred from.
         scale_posterior_: of s: ``InverseGamma`` in closed form, else weighted nodes.
         kernel_, noise_: as learned or given.
         df_: degrees of freedom of the predictions: 2a + N C; infinite for a fixed scale, NaN for other priors.
@@ -137,13 +139,24 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         self.X_fit_ = X
         self.cholesky_ = found.cholesky.cpu().numpy()
         self.coefficients_ = found.coefficients.cpu().numpy()
-        self.scale_posterior_ = found.posterior
-        self.log_evidence_ = found.log_evidence
-        if isinstance(prior, FixedScale):
-            self.df_ = math.inf
-        else:
-            self.df_ = 2 * found.posterior.a if isinstance(found.posterior, InverseGamma) else math.nan
+        self.quadratic_ = found.quadratic
+        self._hold(prior, found.posterior, found.log_evidence)
         return self
+
+    def with_prior(self, scale_prior: str | Prior) -> Self:
+        """This fit under another prior of the scale: same kernel, noise and factor, so it takes no more than an integral.
+
+        Arrays are shared with the original, not copied.
+        """
+        check_is_fitted(self)
+        prior = named_prior(scale_prior)
+        made = copy.copy(self)
+        made.scale_prior = scale_prior
+        n_values = self.coefficients_.size
+        posterior, log_density = condition(prior, self.quadratic_, n_values, self.integration, seed=self.seed)
+        log_det = 2 * float(np.log(np.diagonal(self.cholesky_)).sum())
+        made._hold(prior, posterior, log_density - self.coefficients_.shape[1] * log_det / 2)
+        return made
 
     def predict(self, X: Any, return_std: bool = False) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
         """Centre of the prediction, shape (M,) or (M, C); with ``return_std`` also the standard deviation of the function.
@@ -274,6 +287,13 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         if self.integration not in INTEGRATIONS:
             raise ValueError(f"integration must be one of {list(INTEGRATIONS)}, got {self.integration!r}")
         return named_prior(self.scale_prior), kernel_from(self.kernel, self.depth, self.device)
+
+    def _hold(self, prior: Prior, posterior: Posterior, log_evidence: float) -> None:
+        self.scale_posterior_, self.log_evidence_ = posterior, log_evidence
+        if isinstance(prior, FixedScale):
+            self.df_ = math.inf
+        else:
+            self.df_ = 2 * posterior.a if isinstance(posterior, InverseGamma) else math.nan
 
     def _learned(self, kernel: Any, X: np.ndarray, Y_NC: Tensor, prior: Prior) -> tuple[Any, float]:
         start: dict[str, float] = {}
