@@ -30,6 +30,7 @@ def load(name: str) -> Any:
             raise ModuleNotFoundError("neural-tangents is not installed", name="neural_tangents")
         package = types.ModuleType("neural_tangents")
         package.__path__ = list(spec.submodule_search_locations)
+        package.__spec__ = spec
         sys.modules["neural_tangents"] = package
     if not hasattr(jax.core, "eval_context"):
         jax.core.eval_context = jax.ensure_compile_time_eval

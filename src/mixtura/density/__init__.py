@@ -14,6 +14,8 @@ NAMES: dict[str, str] = {
     "BurrXII": "mixtura.density.scale_priors",
     "FixedScale": "mixtura.density.scale_priors",
     "InverseGamma": "mixtura.density.scale_priors",
+    "ScaleMixtureClassifier": "mixtura.density.scale_mixture_classifier",
+    "ScaleMixtureGP": "mixtura.density.scale_mixture_process",  # another name of ScaleMixtureRegressor
     "ScaleMixtureRegressor": "mixtura.density.scale_mixture_process",
     "WideNetworkKernel": "mixtura.density.wide_network_kernel",
 }

@@ -21,7 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["ACTIVATIONS", "Activate", "Affine", "Branch", "Covariance", "Flatten", "Layer", "dual", "dual_own", "propagate"]
+__all__ = [
+    "ACTIVATIONS",
+    "Activate",
+    "Affine",
+    "Branch",
+    "Covariance",
+    "Flatten",
+    "Layer",
+    "dual",
+    "dual_own",
+    "propagate",
+]
 
 ActivationName = Literal["relu", "erf"]
 ACTIVATIONS: tuple[ActivationName, ...] = ("relu", "erf")
@@ -193,9 +204,7 @@ def _activate(k: Covariance, activation: ActivationName) -> Covariance:
         cross = _Dual.apply(k.cross, k.left, k.right, activation)  # type: ignore[no-untyped-call]
         return Covariance(cross, left, right)
     cross, slope = dual(activation, k.cross, k.left, k.right)
-    return Covariance(
-        cross, left, right, k.tangent * slope, k.left_tangent * left_slope, k.right_tangent * right_slope
-    )
+    return Covariance(cross, left, right, k.tangent * slope, k.left_tangent * left_slope, k.right_tangent * right_slope)
 
 
 def _affine(k: Covariance, stride: int, weight: float | Tensor, bias: float | Tensor) -> Covariance:
@@ -228,7 +237,7 @@ def _box_mean(maps: Tensor, stride: int) -> Tensor:
 
 
 def _added(a: Covariance, b: Covariance) -> Covariance:
-    parts = {}
+    parts: dict[str, Any] = {}
     for name in ("cross", "left", "right", "tangent", "left_tangent", "right_tangent"):
         one, other = getattr(a, name), getattr(b, name)
         parts[name] = None if one is None else one + other
@@ -237,4 +246,5 @@ def _added(a: Covariance, b: Covariance) -> Covariance:
 
 def _each(k: Covariance, change: Any) -> Covariance:
     names = ("cross", "left", "right", "tangent", "left_tangent", "right_tangent")
-    return Covariance(**{name: None if (t := getattr(k, name)) is None else change(t) for name in names})
+    parts: dict[str, Any] = {name: None if (t := getattr(k, name)) is None else change(t) for name in names}
+    return Covariance(**parts)

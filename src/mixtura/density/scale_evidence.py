@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,12 +66,16 @@ def factor(gram: Tensor, noise: float) -> tuple[Tensor, float]:
     size = float(gram.diagonal().mean())
     for relative in JITTERS:
         jitter = relative * size
-        lower, info = torch.linalg.cholesky_ex(gram + (noise + jitter) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+        lower, info = torch.linalg.cholesky_ex(
+            gram + (noise + jitter) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+        )
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
             if jitter:
                 log.warning(
                     "the Gram matrix of %d inputs is not positive definite to rounding; added %.1e to its diagonal "
-                    "(drop repeated inputs or raise noise)", len(gram), jitter
+                    "(drop repeated inputs or raise noise)",
+                    len(gram),
+                    jitter,
                 )
             return lower, jitter
     raise NotPositiveDefinite(
@@ -80,7 +85,13 @@ def factor(gram: Tensor, noise: float) -> tuple[Tensor, float]:
 
 
 def evidence(
-    gram: Tensor, noise: float, targets: Tensor, prior: Prior, integration: Integration = "auto", *, seed: int = 0
+    gram: Tensor,
+    noise: float,
+    targets: Tensor,
+    prior: Prior | Posterior,
+    integration: Integration = "auto",
+    *,
+    seed: int = 0,
 ) -> Evidence:
     """Log evidence of targets (N, C) under the process with this Gram matrix, and what it took.
 
@@ -95,9 +106,7 @@ def evidence(
     quadratic = float((targets * coefficients_NC).sum())
     posterior, log_density = condition(prior, quadratic, targets.numel(), integration, seed=seed)
     log_det = 2 * float(lower.diagonal().log().sum())
-    return Evidence(
-        lower, coefficients_NC, quadratic, posterior, log_density - targets.shape[1] * log_det / 2, jitter
-    )
+    return Evidence(lower, coefficients_NC, quadratic, posterior, log_density - targets.shape[1] * log_det / 2, jitter)
 
 
 def maximise(
@@ -124,12 +133,19 @@ def maximise(
     """
     names = list(start)
     with torch.no_grad():
-        size = float(gram_at(**{n: torch.tensor(v, dtype=torch.float64) for n, v in start.items() if n != "noise"}).diagonal().mean())
+        size = float(
+            gram_at(**{n: torch.tensor(v, dtype=torch.float64) for n, v in start.items() if n != "noise"})
+            .diagonal()
+            .mean()
+        )
     unit = np.array([size if name == "noise" else 1.0 for name in names])
-    bounds = [tuple(math.log(edge * u) for edge in BOUNDS[name]) for name, u in zip(names, unit, strict=True)]
+    bounds: Any = [tuple(math.log(edge * u) for edge in BOUNDS[name]) for name, u in zip(names, unit, strict=True)]
 
-    def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        leaves = {n: torch.tensor(math.exp(t), dtype=torch.float64, requires_grad=True) for n, t in zip(names, theta, strict=True)}
+    def loss(theta: Any) -> Any:
+        leaves = {
+            n: torch.tensor(math.exp(t), dtype=torch.float64, requires_grad=True)
+            for n, t in zip(names, theta, strict=True)
+        }
         noise = float(leaves.pop("noise").detach())
         gram = gram_at(**leaves)
         try:
@@ -141,7 +157,9 @@ def maximise(
         slope_NN -= 0.5 * targets.shape[1] * torch.cholesky_inverse(found.cholesky)
         if leaves:
             gram.backward(slope_NN)  # type: ignore[no-untyped-call]
-        by = {n: float(leaf.grad if leaf.grad is not None else 0.0) * float(leaf.detach()) for n, leaf in leaves.items()}
+        by = {
+            n: float(leaf.grad if leaf.grad is not None else 0.0) * float(leaf.detach()) for n, leaf in leaves.items()
+        }
         by["noise"] = noise * float(slope_NN.trace())
         return -found.log_evidence, -np.array([by[n] for n in names])
 

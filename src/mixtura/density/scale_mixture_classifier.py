@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 from mixtura.core.keeping import Keeping
 from mixtura.core.training import TrainConfig, fit
+from mixtura.density.process_inputs import checked_inputs, kernel_from
 from mixtura.density.scale_evidence import factor
-from mixtura.density.scale_mixture_process import checked_inputs, kernel_from
 from mixtura.density.scale_priors import FixedScale, InverseGamma, Prior, ScalePrior, named_prior
 from mixtura.density.wide_network_kernel import WideNetworkKernel
 
@@ -60,6 +60,9 @@ class _Seen:
 class _Posterior(nn.Module):
     """q(u | s) and q(s). Centres are kept as L^-1 m, which is the same family and a far rounder loss."""
 
+    precision_diagonal: Tensor
+    log_det: Tensor
+
     def __init__(self, prior: Prior, lower: Tensor, n_classes: int) -> None:
         super().__init__()
         self.prior = prior
@@ -76,14 +79,15 @@ class _Posterior(nn.Module):
         else:
             start = prior if isinstance(prior, InverseGamma) else InverseGamma()
             self.log_a = nn.Parameter(torch.tensor(math.log(start.a), dtype=lower.dtype))
-            self.log_b = nn.Parameter(torch.tensor(math.log(start.b), dtype=lower.dtype))
+            # Not log b: a and b' grow together with the labels, and only their ratio says how large the scale is.
+            self.log_ratio = nn.Parameter(torch.tensor(math.log(start.b / start.a), dtype=lower.dtype))
 
     def draw_log_scale(self, n: int) -> Tensor:
         """n draws of log s, differentiable in a' and b' (implicit reparametrisation of the gamma distribution)."""
         if isinstance(self.prior, FixedScale):
             return self.log_scale.expand(n)
         gamma = torch.distributions.Gamma(self.log_a.exp(), torch.ones_like(self.log_a))
-        return self.log_b - gamma.rsample((n,)).clamp(min=torch.finfo(self.log_a.dtype).tiny).log()
+        return self.log_a + self.log_ratio - gamma.rsample((n,)).clamp(min=torch.finfo(self.log_a.dtype).tiny).log()
 
     def moments(self, seen: _Seen) -> tuple[Tensor, Tensor]:
         """Mean and variance of f over s, shapes (B, C)."""
@@ -94,19 +98,23 @@ class _Posterior(nn.Module):
         if isinstance(self.prior, FixedScale):
             mean_precision, of_scale = (-self.log_scale).exp(), torch.zeros_like(self.log_scale)
         elif isinstance(self.prior, InverseGamma):
-            mean_precision = (self.log_a - self.log_b).exp()
-            of_scale = _scale_divergence(self.log_a.exp(), self.log_b.exp(), self.prior)
+            mean_precision = (-self.log_ratio).exp()
+            of_scale = _scale_divergence(self.log_a.exp(), (self.log_a + self.log_ratio).exp(), self.prior)
         else:
-            mean_precision = (self.log_a - self.log_b).exp()
+            mean_precision = (-self.log_ratio).exp()
             of_scale = self._drawn_scale_divergence(n_draws)
         return of_scale + divergence(
-            self.centre, self.log_spread, self.precision_diagonal, self.log_det, mean_precision  # type: ignore[arg-type]
+            self.centre,
+            self.log_spread,
+            self.precision_diagonal,
+            self.log_det,
+            mean_precision,
         )
 
     def _drawn_scale_divergence(self, n_draws: int) -> Tensor:
         assert isinstance(self.prior, ScalePrior)
-        u, a, b = self.draw_log_scale(n_draws), self.log_a.exp(), self.log_b.exp()
-        log_q = a * self.log_b - a.lgamma() - (a + 1) * u - b * (-u).exp()
+        u, a, log_b = self.draw_log_scale(n_draws), self.log_a.exp(), self.log_a + self.log_ratio
+        log_q = a * log_b - a.lgamma() - (a + 1) * u - (log_b - u).exp()
         return (log_q - self.prior.log_density(u)).mean()
 
 
@@ -208,7 +216,13 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
             return model.divergence(self.n_draws) / len(X) - fit_B.mean()
 
         config = TrainConfig(
-            steps=self.epochs * per_epoch, lr=self.learning_rate, warmup=0.0, weight_decay=0.0, betas=(0.9, 0.999), seed=self.seed
+            steps=self.epochs * per_epoch,
+            lr=self.learning_rate,
+            warmup=0.0,
+            weight_decay=0.0,
+            betas=(0.9, 0.999),
+            clip=0.0,  # a sharp prior has large gradients of its own, and a global clip would stall all others
+            seed=self.seed,
         )
         self.losses_ = fit(model, loss_at, config, label="classifier").losses
         with torch.no_grad():
@@ -217,7 +231,7 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
             self.scale_posterior_: FixedScale | InverseGamma = (
                 FixedScale(float(model.log_scale.exp()))
                 if isinstance(prior, FixedScale)
-                else InverseGamma(float(model.log_a.exp()), float(model.log_b.exp()))
+                else InverseGamma(float(model.log_a.exp()), float((model.log_a + model.log_ratio).exp()))
             )
         return self
 
@@ -246,7 +260,7 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
         if isinstance(posterior, InverseGamma):
             log_scale_S = posterior.draw(PREDICT_DRAWS, generator)
         else:
-            log_scale_S = torch.full((PREDICT_DRAWS,), math.log(posterior.value), dtype=torch.float64)
+            log_scale_S = torch.full((PREDICT_DRAWS,), math.log(float(posterior.value)), dtype=torch.float64)
         white_SC = torch.randn(PREDICT_DRAWS, len(self.classes_), generator=generator, dtype=torch.float64)
         step_SC = ((0.5 * log_scale_S).exp()[:, None] * white_SC).to(self.device)
         centre_MC, spread_MC = (torch.from_numpy(v).to(self.device) for v in (self.centre_, self.spread_))

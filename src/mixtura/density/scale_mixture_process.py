@@ -21,12 +21,11 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from sklearn.base import BaseEstimator, RegressorMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from mixtura.core.keeping import Keeping
-from mixtura.data.tables import non_finite
-from mixtura.density.network_covariance import ACTIVATIONS
+from mixtura.density.process_inputs import checked_inputs, checked_targets, kernel_from
 from mixtura.density.scale_evidence import evidence, factor, maximise
 from mixtura.density.scale_predictive import ScaleMixture, StudentT
 from mixtura.density.scale_priors import (
@@ -42,10 +41,9 @@ from mixtura.density.scale_priors import (
 )
 from mixtura.density.wide_network_kernel import WideNetworkKernel
 
-__all__ = ["ScaleMixtureRegressor", "checked_inputs", "kernel_from"]
+__all__ = ["ScaleMixtureGP", "ScaleMixtureRegressor"]
 
 ROWS = 2048  # test inputs predicted at once
-START = {"weight_variance": 1.0, "bias_variance": 0.1}  # of kernels given by name
 
 
 class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
@@ -126,7 +124,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         """
         prior, kernel = self._checked()
         X = checked_inputs(self, X, reset=True)
-        targets = _checked_targets(X, y)
+        targets = checked_targets(X, y)
         self.one_output_ = targets.ndim == 1
         columns_NC = targets.reshape(len(targets), -1)
         self.y_mean_, self.y_std_ = self._normaliser(columns_NC)
@@ -281,7 +279,9 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         if not (self.noise >= 0 and math.isfinite(self.noise)):
             raise ValueError(f"noise must be >= 0 and finite, got {self.noise}")
         if self.optimize and self.noise == 0:
-            raise ValueError("noise=0 cannot be optimized on a logarithmic scale; start it above 0 or give optimize=False")
+            raise ValueError(
+                "noise=0 cannot be optimized on a logarithmic scale; start it above 0 or give optimize=False"
+            )
         if self.n_restarts < 0:
             raise ValueError(f"n_restarts must be >= 0, got {self.n_restarts}")
         if self.integration not in INTEGRATIONS:
@@ -414,43 +414,5 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         return values[..., 0] if self.one_output_ else values
 
 
-def kernel_from(kernel: Any, depth: int, device: str) -> Any:
-    """A kernel as it is, or the dense network of a name.
-
-    Raises:
-        ValueError: an unknown name.
-        TypeError: neither a name nor callable.
-    """
-    if isinstance(kernel, str):
-        if kernel not in ACTIVATIONS:
-            raise ValueError(f"kernel must be one of {list(ACTIVATIONS)}, a WideNetworkKernel or a callable, got {kernel!r}")
-        return WideNetworkKernel(depth, kernel, device=device, **START)
-    if not callable(kernel):
-        raise TypeError(f"kernel must be a name, a WideNetworkKernel or a callable, got {type(kernel).__name__}")
-    return replace(kernel, device=device) if isinstance(kernel, WideNetworkKernel) else kernel
-
-
-def checked_inputs(estimator: Any, X: Any, *, reset: bool) -> np.ndarray:
-    """X as float64, finite, of the fitted number of features."""
-    X = validate_data(
-        estimator, X, reset=reset, dtype=np.float64, ensure_all_finite=False, allow_nd=True, ensure_min_samples=2 if reset else 1
-    )
-    if problem := non_finite(X.reshape(len(X), -1)):
-        raise ValueError(f"X contains {problem}")
-    return X
-
-
-def _checked_targets(X: np.ndarray, y: Any) -> np.ndarray:
-    if y is None:
-        raise ValueError("this regressor requires y to be passed, but the target y is None")
-    y = np.asarray(y)
-    if np.iscomplexobj(y):
-        raise ValueError("Complex data not supported: y is complex")
-    y = y.astype(np.float64)
-    if y.ndim not in (1, 2):
-        raise ValueError(f"y must have 1 or 2 dimensions, got shape {y.shape}")
-    if len(y) != len(X):
-        raise ValueError(f"X and y must have as many rows, got {len(X)} and {len(y)}")
-    if problem := non_finite(y.reshape(len(y), -1)):
-        raise ValueError(f"y contains {problem}")
-    return y
+# The room's name for it, beside GaussianMixture; the class is the same.
+ScaleMixtureGP = ScaleMixtureRegressor

@@ -69,11 +69,11 @@ class StudentT(_Predictive):
 
     def log_prob(self, y: np.ndarray) -> np.ndarray:
         """Log density of each value, nats, shape of ``location``."""
-        return stats.t.logpdf(y, self.df, self.location, self.scale)
+        return np.asarray(stats.t.logpdf(y, self.df, self.location, self.scale))
 
     def cdf(self, y: np.ndarray) -> np.ndarray:
         """Probability below each value."""
-        return stats.t.cdf(y, self.df, self.location, self.scale)
+        return np.asarray(stats.t.cdf(y, self.df, self.location, self.scale))
 
     def quantile(self, p: float) -> np.ndarray:
         """The value with probability ``p`` below it, p in (0, 1)."""

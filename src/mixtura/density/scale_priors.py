@@ -181,7 +181,9 @@ def named_prior(prior: str | Prior) -> Prior:
             raise ValueError(f"scale_prior must be one of {sorted(PRIORS)} or a prior, got {prior!r}")
         return PRIORS[prior]
     if not isinstance(prior, (FixedScale, ScalePrior)):
-        raise TypeError(f"scale_prior must be a name, FixedScale or have log_density and draw, got {type(prior).__name__}")
+        raise TypeError(
+            f"scale_prior must be a name, FixedScale or have log_density and draw, got {type(prior).__name__}"
+        )
     return prior
 
 
@@ -216,7 +218,9 @@ def condition(
         log_density = float(log_marginal(prior, torch.tensor(quadratic, dtype=torch.float64), n_values))
         return InverseGamma(prior.a + n_values / 2, prior.b + quadratic / 2), log_density
     if integration == "closed":
-        raise ValueError(f"integration='closed' needs InverseGamma or FixedScale, got {type(prior).__name__}; use 'quadrature'")
+        raise ValueError(
+            f"integration='closed' needs InverseGamma or FixedScale, got {type(prior).__name__}; use 'quadrature'"
+        )
     if integration == "importance":
         drawn = prior.draw(N_DRAWS, torch.Generator().manual_seed(seed))
         nodes = ScaleNodes(drawn, torch.full_like(drawn, -math.log(N_DRAWS)))

@@ -142,7 +142,9 @@ class WideNetworkKernel:
         x = x.to(self.device, getattr(torch, self.dtype))
         if not self.on_images:
             if x.dim() != 2:
-                raise ValueError(f"X must have 2 dimensions (N, F) for {self.architecture!r}, got shape {tuple(x.shape)}")
+                raise ValueError(
+                    f"X must have 2 dimensions (N, F) for {self.architecture!r}, got shape {tuple(x.shape)}"
+                )
             return x
         if x.dim() == 4:
             if self.image_shape is not None and tuple(x.shape[1:]) != tuple(self.image_shape):
@@ -204,7 +206,9 @@ class WideNetworkKernel:
     def _blocks(self, x: Tensor, y: Tensor | None, variances: tuple[Any, Any], *, tangent: bool) -> Tensor:
         others = x if y is None else y
         if others.shape[1:] != x.shape[1:]:
-            raise ValueError(f"X and Y must agree in all but their first dimension, got {x.shape[1:]} and {others.shape[1:]}")
+            raise ValueError(
+                f"X and Y must agree in all but their first dimension, got {x.shape[1:]} and {others.shape[1:]}"
+            )
         out_NM = x.new_empty(len(x), len(others))
         positions = _positions(x)
         most = max(1, (self.chunk if self.on_images else min(self.chunk, CACHED)) // positions)
@@ -220,8 +224,9 @@ class WideNetworkKernel:
                 block.copy_(k.tangent + k.cross if k.tangent is not None else k.cross)
                 if y is None and i < j + columns and j < i + rows:
                     own = k.left + k.left_tangent if k.left_tangent is not None else k.left
-                    offset = i - j
-                    block.diagonal(-offset).copy_(own.flatten()[max(0, -offset) :][: len(block.diagonal(-offset))])
+                    # Row r of the block and column r + i - j are the same input.
+                    same = block.diagonal(i - j)
+                    same.copy_(own.flatten()[max(0, j - i) :][: len(same)])
         if y is None:
             _mirror(out_NM)
         return out_NM
