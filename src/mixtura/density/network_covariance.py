@@ -139,16 +139,29 @@ def dual(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor)
         >>> [round(float(t), 4) for t in dual("relu", 0 * one, one, one)]    # 1 / (2 pi) and 1 / 4
         [0.1592, 0.25]
     """
+    value = _value(activation, cross, left, right)
     if activation == "relu":
-        norm = (left * right).sqrt()
-        # Rounding can carry the cosine past 1, and a zero vector has no direction at all.
-        cosine = (cross / norm.clamp(min=torch.finfo(cross.dtype).tiny)).clamp_(-1.0, 1.0)
-        open_angle = math.pi - cosine.acos()
-        value = norm * (((1 - cosine) * (1 + cosine)).sqrt_() + open_angle * cosine) / (2 * math.pi)
-        return value, open_angle / (2 * math.pi)
+        return value, _cosine(cross, left, right).asin_().add_(math.pi / 2).div_(2 * math.pi)
     product = (1 + 2 * left) * (1 + 2 * right)
-    value = (2 / math.pi) * (2 * cross / product.sqrt()).clamp_(-1.0, 1.0).asin_()
-    return value, (4 / math.pi) / (product - 4 * cross.square()).sqrt()
+    return value, (4 / math.pi) / (product - 4 * cross.square()).sqrt_()
+
+
+def _value(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The first result of :func:`dual`. Square roots are taken of the vectors, and all else in place: this is where the time goes."""
+    if activation == "relu":
+        cosine = _cosine(cross, left, right)
+        sine = torch.addcmul(torch.ones((), dtype=cross.dtype, device=cross.device), cosine, cosine, value=-1).sqrt_()
+        # pi - arccos c = pi / 2 + arcsin c
+        value = cosine.asin().add_(math.pi / 2).mul_(cosine).add_(sine)
+        return value.mul_(left.sqrt() / (2 * math.pi)).mul_(right.sqrt())
+    sine = cross * (2 / (1 + 2 * left).sqrt())
+    return sine.div_((1 + 2 * right).sqrt()).clamp_(-1.0, 1.0).asin_().mul_(2 / math.pi)
+
+
+def _cosine(cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Correlations, a new tensor. Rounding can carry them past 1, and a zero vector has no direction at all."""
+    tiny = math.sqrt(torch.finfo(cross.dtype).tiny)
+    return (cross / left.sqrt().clamp(min=tiny)).div_(right.sqrt().clamp(min=tiny)).clamp_(-1.0, 1.0)
 
 
 def dual_own(activation: ActivationName, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +185,8 @@ class _Dual(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, cross: Tensor, left: Tensor, right: Tensor, activation: ActivationName) -> Tensor:
+        if not any(ctx.needs_input_grad):
+            return _value(activation, cross, left, right)
         value, slope = dual(activation, cross, left, right)
         ctx.save_for_backward(cross, left, right, slope)
         ctx.activation = activation
