@@ -28,7 +28,7 @@ def run(x, mixture, frame, *, blocks=(150, 300), **more):
     """One pass in uneven blocks; what it said of every sample, and the statistics in units of x."""
     mixture = mixture.mapped(torch.ones_like(frame.centre), torch.full_like(frame.centre, 100.0))
     weights, allowed = more.pop("weights", None), more.pop("allowed", None)
-    found = Pass(mixture, frame, **more)
+    found = Pass(frame.enter(mixture), frame, **more)
     logs, shares = [], []
     for rows in torch.arange(len(x)).tensor_split(blocks):
         logs.append(
@@ -116,7 +116,8 @@ def test_many_features_go_by_factor():
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.normal(size=(300, 130)))
     mixture = maximise(statistics(x, torch.ones(300, 1), "full"), "full")
-    found = Pass(mixture, Frame(x.mean(0), x.std(0)))
+    frame = Frame(x.mean(0), x.std(0))
+    found = Pass(frame.enter(mixture), frame)
     torch.testing.assert_close(found.add(x), mixture.score_samples(x), rtol=1e-9, atol=1e-9)
     assert found._phi_PB.shape[0] == 131
 
@@ -136,8 +137,18 @@ def test_float32_samples_at_a_million_are_centred_before_they_are_squared():
     mixture = maximise(statistics(x.double() - 1e6, torch.ones(1000, 1), "full"), "full")
     mixture = mixture.mapped(torch.ones(3).double(), torch.full((3,), 1e6).double())
     frame = Frame(x.double().mean(0), x.double().std(0))
-    logs = Pass(mixture, frame, dtype=torch.float32).add(x)
+    logs = Pass(frame.enter(mixture), frame, dtype=torch.float32).add(x)
     assert (logs - mixture.score_samples(x.double())).abs().max() < 1e-4
+
+
+@each_kind
+def test_a_frame_of_a_mixture_has_its_centre_and_spread(covariance):
+    _, mixture, _ = population(covariance)
+    frame = Frame.of(mixture)
+    mean, cov = frame.enter(mixture).moments()
+    assert mean.abs().max() < 1e-12 and abs(cov.trace() / 4 - 1) < 1e-12
+    back = frame.leave(frame.enter(mixture))
+    torch.testing.assert_close(back.covariances, mixture.covariances)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,15 @@ class Frame:
         farthest = FARTHEST[out.dtype]
         out.clamp_(-farthest, farthest)
 
+    @classmethod
+    def of(cls, gaussians: Gaussians) -> Frame:
+        """Coordinates that suit a mixture: centred on its mean, in units of its spreads."""
+        mean_F, covariance_FF = gaussians.moments()
+        variance_F = covariance_FF.diagonal()
+        if gaussians.covariance == "spherical":
+            variance_F = variance_F.mean().expand(len(variance_F))
+        return cls(mean_F, variance_F.sqrt())
+
     def enter(self, gaussians: Gaussians) -> Gaussians:
         """A mixture of x as the mixture of z."""
         inverse = self.scale.reciprocal()
@@ -94,7 +103,7 @@ class Pass:
     """Log densities, responsibilities and statistics of blocks of samples under one mixture.
 
     Args:
-        gaussians: the mixture, in the units of x.
+        gaussians: the mixture, in the coordinates of the frame.
         frame: coordinates to compute in; centred on the samples and scaled to their spread.
         dtype: of the block's arithmetic, float32 or float64. Sums over samples are float64 either way.
         device: where to compute.
@@ -104,7 +113,7 @@ class Pass:
     Example:
         >>> mixture = Gaussians.build([0.5, 0.5], [[0.0], [4.0]], [1.0, 1.0], "spherical")
         >>> frame = Frame(torch.tensor([2.0]).double(), torch.tensor([2.0]).double())
-        >>> run = Pass(mixture, frame)
+        >>> run = Pass(frame.enter(mixture), frame)
         >>> run.add(torch.tensor([[2.0]]).double())
         tensor([-2.9189], dtype=torch.float64)
         >>> run.responsibilities
@@ -124,18 +133,17 @@ class Pass:
         self.covariance: Covariance = gaussians.covariance
         self.n_components, self.n_features = gaussians.n_components, gaussians.n_features
         self.dtype, self.wants_statistics = dtype, statistics
-        inside = frame.enter(gaussians)
         self._frame = Frame(frame.centre.to(device), frame.scale.to(device))
         log_det = frame.scale.log().sum()
-        narrow_C = too_narrow(inside, dtype)
+        narrow_C = too_narrow(gaussians, dtype)
         if self.covariance == "full" and self.n_features > MAX_PRODUCT_FEATURES:
             narrow_C = torch.ones_like(narrow_C)
         self._apart = narrow_C.nonzero()[:, 0].tolist()
         self._together = len(self._apart) < self.n_components
-        self._theta_CP = natural_parameters(inside, log_det).to(device=device, dtype=dtype)
+        self._theta_CP = natural_parameters(gaussians, log_det).to(device=device, dtype=dtype)
         self._theta_CP[narrow_C.to(device)] = 0.0  # what does not fit the type must not spread from there
-        self._inside = inside.to(device=device, dtype=dtype)
-        self._shift_C = (inside.log_weights - log_det - 0.5 * self.n_features * LOG_2PI).tolist()
+        self._inside = gaussians.to(device=device, dtype=dtype)
+        self._shift_C = (gaussians.log_weights - log_det - 0.5 * self.n_features * LOG_2PI).tolist()
         self._n_products = _n_products(self.n_features, self.covariance) if self._together else 1 + self.n_features
         self._phi_PB = torch.empty(0, 0, dtype=dtype, device=device)
         self._joint_CB = torch.empty(0, 0, dtype=dtype, device=device)

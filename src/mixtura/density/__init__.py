@@ -8,8 +8,11 @@ used.
 
 from mixtura._lazy import lazy_names
 
-__all__: list[str] = []
+__all__ = ["GaussianMixture", "kmeans_plus_plus"]
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "GaussianMixture": "mixtura.density.mixture",
+    "kmeans_plus_plus": "mixtura.density.starts",
+}
 
 __getattr__ = lazy_names(__name__, NAMES)
