@@ -287,6 +287,18 @@ class Gaussians:
         rest_CLL = (rest_CLL + rest_CLL.mT) / 2
         return Gaussians(weights_C, means_CL, rest_CLL, precisions_cholesky(rest_CLL, "full"), "full")
 
+    def pick(self, components: Sequence[int]) -> Gaussians:
+        """The mixture of some components alone, in that order, their weights summing to one again."""
+        picked = list(components)
+        shared = self.covariance == "tied"
+        return Gaussians(
+            self.weights[picked] / self.weights[picked].sum(),
+            self.means[picked],
+            self.covariances if shared else self.covariances[picked],
+            self.precisions_cholesky if shared else self.precisions_cholesky[picked],
+            self.covariance,
+        )
+
     def mapped(self, scale: Tensor, shift: Tensor) -> Gaussians:
         """The mixture of ``scale * x + shift``, feature by feature; both of shape (F,), scale > 0.
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import Covariance, Gaussians, covariance_shape, statistics
+from mixtura.core.gaussian import Covariance, Gaussians, LostRank, covariance_shape, statistics
+from mixtura.density.em import Collapsed, lost_rank
 from mixtura.density.inputs import Given, subsample
 
 __all__ = ["initial_mixture", "kmeans_plus_plus", "lloyd", "start_means", "start_mixture"]
@@ -239,6 +240,7 @@ def start_mixture(
         random_state: source of chance.
     Raises:
         ValueError: a given part of another shape, not finite, or precisions that are not positive definite.
+        Collapsed: samples that leave a covariance without rank, where no floor holds it.
     """
     frame, covariance = given.samples.frame, given.samples.covariance
     f = len(frame.centre)
@@ -274,7 +276,10 @@ def start_mixture(
         means_CF, group_M = lloyd(z_MF, means_CF, steps=steps, allowed=allowed_MC, sample_weight=w_M)
     else:
         _, group_M = lloyd(z_MF, means_CF, steps=0, allowed=allowed_MC, sample_weight=w_M)
-    found = initial_mixture(z_MF, group_M, means_CF, covariance, floor=given.samples.floor, sample_weight=w_M)
+    try:
+        found = initial_mixture(z_MF, group_M, means_CF, covariance, floor=given.samples.floor, sample_weight=w_M)
+    except LostRank as error:
+        raise Collapsed(lost_rank(error, given.names)) from error
     return Gaussians.build(
         weights_C if weights_init is not None else found.weights,
         torch.from_numpy(means_CF) if means_init is not None or init == "random" else found.means,
