@@ -41,7 +41,8 @@ keep("labels", GaussianMixture(3, random_state=0).fit(X[mine], y[mine], sample_w
 keep("batches", GaussianMixture(3, random_state=0).fit(np.array_split(X[mine], 3)))
 keep("gaps", GaussianMixture(3, missing="expect", random_state=0).fit(np.where(everything["gone"], np.nan, X)[mine]))
 far = np.vstack([X.mean(0), X[0], X[0] + 1e6])
-keep("reseeded", GaussianMixture(3, means_init=far, weights_init=np.full(3, 1 / 3), precisions_init=np.stack([np.eye(3)] * 3)).fit(X[mine]))
+unit = np.stack([np.eye(3)] * 3)
+keep("reseeded", GaussianMixture(3, means_init=far, weights_init=np.full(3, 1 / 3), precisions_init=unit).fit(X[mine]))
 model, curve = select_components(X[mine], range(1, 5), random_state=0)
 found["curve"] = curve.bic
 
