@@ -8,8 +8,15 @@ used.
 
 from mixtura._lazy import lazy_names
 
-__all__: list[str] = []
+__all__ = ["GaussianMixture", "kmeans_plus_plus", "lloyd", "merge_components", "select_components", "split_component"]
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "GaussianMixture": "mixtura.density.mixture",
+    "kmeans_plus_plus": "mixtura.density.starts",
+    "lloyd": "mixtura.density.starts",
+    "merge_components": "mixtura.density.split_and_merge",
+    "select_components": "mixtura.density.selection",
+    "split_component": "mixtura.density.split_and_merge",
+}
 
 __getattr__ = lazy_names(__name__, NAMES)
