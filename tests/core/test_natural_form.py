@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mixtura.core import natural_form
-from mixtura.core.gaussian import COVARIANCES, Gaussians, maximise, statistics
+from mixtura.core.gaussian import COVARIANCES, Gaussians
 from mixtura.core.natural_form import Frame, Pass, block_rows, too_narrow
+from mixtura.core.sufficient import maximise, statistics
 
 each_kind = pytest.mark.parametrize("covariance", COVARIANCES)
 NAMES = ("weight", "first", "second", "log_likelihood")

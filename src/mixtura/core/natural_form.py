@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians, Statistics
+from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians
+from mixtura.core.sufficient import Statistics
 
 __all__ = ["Frame", "Pass", "block_rows", "too_narrow"]
 
