@@ -7,8 +7,9 @@ from scipy.stats import multivariate_normal
 from sklearn.exceptions import ConvergenceWarning
 from test_mixture import blobs
 
-from mixtura.core.gaussian import COVARIANCES, Gaussians, statistics
+from mixtura.core.gaussian import COVARIANCES, Gaussians
 from mixtura.core.natural_form import Frame
+from mixtura.core.sufficient import statistics
 from mixtura.density import GaussianMixture
 from mixtura.density.missing import GapPass
 

@@ -7,7 +7,8 @@ arithmetic of C triangular solves, and two large products run at a machine's ful
 
 The form squares samples before it subtracts, so it cancels where a component is narrow and far from the origin. Against
 that: samples are centred and scaled first, in float64; sums are float64; and a component whose terms are too large for
-the type (:func:`too_narrow`) leaves the product and is computed by Cholesky factor around its own mean.
+the type (:func:`too_narrow`) leaves the product and is computed by Cholesky factor around its own mean. So are all where
+few components would share the products.
 
 Shapes: C components, F features, B samples of a block, P = 1 + F + F (F + 1) / 2 natural statistics (full).
 Source: Wainwright and Jordan 2008, Graphical Models, Exponential Families, ex. 3.3 (the Gaussian in natural form).
@@ -20,13 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians, Statistics
+from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians
+from mixtura.core.sufficient import Statistics
 
 __all__ = ["Frame", "Pass", "block_rows", "too_narrow"]
 
 BLOCK_BYTES = 2 << 20  # Phi and R of one block: about what a core's own cache holds
 ACCELERATOR_ROWS = 1 << 16
-MAX_PRODUCT_FEATURES = 128  # beyond, Phi has over 8000 rows and one triangular solve a component is as quick
+MAX_PRODUCT_FEATURES = 128  # beyond, Phi has over 8000 rows
+# Forming the products costs memory traffic that many components share; measured on a core with AVX2, one factor a
+# component is quicker below about this many components a feature. Up to 16 features the products always win.
+FEW_COMPONENTS, FEW_FEATURES = 0.3, 16
 # Largest rounding error of a log density that the product form may make: of the order of what is tested against SciPy in
 # float64, and far below what moves a responsibility in float32.
 ALLOWED_ERROR = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -74,8 +79,11 @@ def block_rows(n_features: int, n_components: int, covariance: Covariance, dtype
     """Samples a block: as many as keep the block's arrays in a core's cache; more on an accelerator."""
     if torch.device(device).type != "cpu":
         return ACCELERATOR_ROWS
-    rows = BLOCK_BYTES // (dtype.itemsize * (_n_products(n_features, covariance) + n_components))
-    return max(256, min(4096, rows // 128 * 128))
+    products = (
+        1 + n_features if _by_factor(n_features, n_components, covariance) else _n_products(n_features, covariance)
+    )
+    rows = BLOCK_BYTES // (dtype.itemsize * (products + n_components))
+    return max(512, min(4096, rows // 128 * 128))
 
 
 def too_narrow(gaussians: Gaussians, dtype: torch.dtype) -> Tensor:
@@ -136,7 +144,7 @@ class Pass:
         self._frame = Frame(frame.centre.to(device), frame.scale.to(device))
         log_det = frame.scale.log().sum()
         narrow_C = too_narrow(gaussians, dtype)
-        if self.covariance == "full" and self.n_features > MAX_PRODUCT_FEATURES:
+        if _by_factor(self.n_features, self.n_components, self.covariance):
             narrow_C = torch.ones_like(narrow_C)
         self._apart = narrow_C.nonzero()[:, 0].tolist()
         self._together = len(self._apart) < self.n_components
@@ -306,6 +314,12 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     elif gaussians.covariance == "spherical":
         parts.append(-0.5 * upper.square()[:, None])
     return torch.cat(parts, 1)
+
+
+def _by_factor(n_features: int, n_components: int, covariance: Covariance) -> bool:
+    """Whether every component goes by its own Cholesky factor, because that is quicker."""
+    few = n_features > FEW_FEATURES and n_components < FEW_COMPONENTS * n_features
+    return covariance == "full" and (few or n_features > MAX_PRODUCT_FEATURES)
 
 
 def _n_products(n_features: int, covariance: Covariance) -> int:

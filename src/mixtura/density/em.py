@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import Covariance, Gaussians, LostRank, Statistics, maximise
+from mixtura.core.gaussian import Covariance, Gaussians, LostRank
 from mixtura.core.natural_form import Frame, Pass
 from mixtura.core.progress import bar
+from mixtura.core.sufficient import Statistics, maximise
 from mixtura.density.missing import GapPass
 from mixtura.density.processes import ALONE, Processes
 from mixtura.density.sources import Source

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixtura.core.gaussian import Covariance
+from mixtura.core.gaussian import COVARIANCES, Covariance
 from mixtura.core.natural_form import block_rows
 from mixtura.data.tables import text_problem
 from mixtura.density.em import Samples
@@ -20,9 +20,16 @@ from mixtura.density.labels import Classes, as_labels, map_classes
 from mixtura.density.processes import Processes
 from mixtura.density.sources import Arrays, Source, Summary, merge, open_source, scan
 
-__all__ = ["Given", "as_source", "as_weights", "device_of", "dtype_of", "prepare", "subsample"]
+__all__ = ["Given", "as_source", "as_weights", "check_parameters", "device_of", "dtype_of", "prepare", "subsample"]
 
 log = logging.getLogger(__name__)
+
+CHOICES = {
+    "covariance": COVARIANCES,
+    "init": ("k-means++", "random"),
+    "missing": ("error", "expect"),
+    "reg_unit": ("variance", "absolute"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,24 @@ class Given:
     y: np.ndarray | None
     first: int
     names: list[str] | None
+
+
+def check_parameters(estimator: Any) -> None:
+    """Raise a ValueError that names the first parameter of a mixture that is out of its range."""
+    for name, least in (("n_components", 1), ("n_init", 1), ("max_iter", 0)):
+        value = getattr(estimator, name)
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    for name in ("tol", "reg"):
+        value = getattr(estimator, name)
+        if not isinstance(value, (int, float, np.number)) or not 0 <= value < np.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    for name, known in CHOICES.items():
+        if getattr(estimator, name) not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {getattr(estimator, name)!r}")
+    rows = estimator.block_size
+    if rows != "auto" and not (isinstance(rows, (int, np.integer)) and rows >= 1):
+        raise ValueError(f"block_size must be 'auto' or a whole number >= 1, got {rows!r}")
 
 
 def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> Source:

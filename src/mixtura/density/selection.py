@@ -24,11 +24,12 @@ from mixtura.core.natural_form import Frame
 from mixtura.core.progress import progress
 from mixtura.density.criteria import CRITERIA, criteria
 from mixtura.density.em import Collapsed, Fit, Samples, Sweep, fit_em
-from mixtura.density.inputs import Given, prepare, subsample
+from mixtura.density.inputs import Given, check_parameters, prepare, subsample
 from mixtura.density.mixture import GaussianMixture
 from mixtura.density.processes import ALONE, join
 from mixtura.density.sources import Arrays
 from mixtura.density.split_and_merge import split_component
+from mixtura.density.starts import start_mixture
 
 __all__ = ["Selection", "select_components"]
 
@@ -96,7 +97,7 @@ def select_components(
     if fixing:
         raise ValueError(f"{sorted(fixing)[0]} has no meaning where several numbers of components are tried")
     model = GaussianMixture(tried[0], **options)
-    model._check_parameters()
+    check_parameters(model)
     rng, processes = check_random_state(model.random_state), join(model.distributed)  # type: ignore[arg-type]
     rows: list[dict[str, float]] = []
     best, last, waited = model, None, 0
@@ -128,7 +129,7 @@ def select_components(
 
 def _fit_size(model: GaussianMixture, given: Given, last: Fit | None, rng: np.random.RandomState) -> Fit:
     """The best fit of the model's number of components, from the last smaller one and from fresh starts."""
-    starts = [model._start(given, rng) for _ in range(model.n_init)]
+    starts = [start_mixture(given, model, rng) for _ in range(model.n_init)]
     if last is not None:
         grown = _grow(given, last.gaussians, model.n_components, rng)
         starts += [grown] if grown is not None else []

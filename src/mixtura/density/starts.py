@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import Covariance, Gaussians, LostRank, covariance_shape, statistics
+from mixtura.core.gaussian import Covariance, Gaussians, LostRank, covariance_shape
+from mixtura.core.sufficient import statistics
 from mixtura.density.em import Collapsed, lost_rank
 from mixtura.density.inputs import Given, subsample
 
@@ -220,28 +221,20 @@ def initial_mixture(
     return Gaussians.build(weight_C / weight_C.sum(), centres_CF + apart_CF, sigma, covariance)
 
 
-def start_mixture(
-    given: Given,
-    n_components: int,
-    init: str,
-    *,
-    means_init: Any = None,
-    weights_init: Any = None,
-    precisions_init: Any = None,
-    random_state: np.random.RandomState,
-) -> Gaussians:
+def start_mixture(given: Given, estimator: Any, random_state: np.random.RandomState) -> Gaussians:
     """The mixture that EM starts from, in the coordinates of the frame.
 
     Args:
         given: checked input.
-        n_components: C.
-        init: how means are found where they are not given.
-        means_init, weights_init, precisions_init: given parts, in the units of the samples.
+        estimator: with the number of components, how means are found (``init``), and the parts of a start that are given.
         random_state: source of chance.
     Raises:
         ValueError: a given part of another shape, not finite, or precisions that are not positive definite.
         Collapsed: samples that leave a covariance without rank, where no floor holds it.
     """
+    n_components, init = estimator.n_components, estimator.init
+    means_init, weights_init = estimator.means_init, estimator.weights_init
+    precisions_init = estimator.precisions_init
     frame, covariance = given.samples.frame, given.samples.covariance
     f = len(frame.centre)
     means_CF = None
