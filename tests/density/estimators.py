@@ -20,4 +20,10 @@ class Case:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 
 
-ESTIMATORS: dict[str, Case] = {}
+def _energy_density() -> Any:
+    from mixtura.density import EnergyDensity
+
+    return EnergyDensity(max_iter=20, width=8, depth=1, batch_size=16, noise_batch_size=16)
+
+
+ESTIMATORS: dict[str, Case] = {"energy density": Case(_energy_density)}

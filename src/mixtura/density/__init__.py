@@ -8,8 +8,13 @@ used.
 
 from mixtura._lazy import lazy_names
 
-__all__: list[str] = []
+__all__: list[str] = ["CompositionalLikelihood", "EnergyDensity", "NoiseContrastive", "ood_score"]
 
-NAMES: dict[str, str] = {}
+NAMES: dict[str, str] = {
+    "CompositionalLikelihood": "mixtura.density.unnormalized",
+    "EnergyDensity": "mixtura.density.energy_model",
+    "NoiseContrastive": "mixtura.density.unnormalized",
+    "ood_score": "mixtura.density.energy_model",
+}
 
 __getattr__ = lazy_names(__name__, NAMES)

@@ -4,6 +4,8 @@ A law must be positive wherever the model is, and its tails should be heavier th
 weights p / q, and with it the speed of learning, is that of chi²(p || q). ``fit`` therefore widens what it finds in the
 data.
 
+Draws come from a generator on the CPU, whatever the device of the law, so that a seed means the same everywhere.
+
 Shapes: N points, F features (images are flattened first).
 Source: Gaussian and mixture densities are those of ``core.gaussian``; multivariate Student-t as in Kotz and Nadarajah 2004,
 eq. 1.1; the kernel's bandwidth is Scott's rule (1992, eq. 6.42).
@@ -55,7 +57,7 @@ class _FromGaussians:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, shape (n, F), float64."""
-        return self.gaussians.sample(n, generator=generator)[0]
+        return _draw(self.gaussians, n, generator)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at x of shape (N, F), shape (N,), float64."""
@@ -89,7 +91,6 @@ class GaussianNoise(_FromGaussians):
         return cls(_around(X, scale, diagonal))
 
 
-@dataclass(frozen=True)
 class MixtureNoise(_FromGaussians):
     """A mixture of Gaussians fitted to the data and widened: closer to the data than one Gaussian."""
 
@@ -107,9 +108,9 @@ class MixtureNoise(_FromGaussians):
 
         _check_scale(scale)
         _spread(X)
-        found = GaussianMixture(n_components, covariance="full", random_state=seed).fit(X.double().cpu().numpy())
-        fitted = found.gaussians_
-        return cls(Gaussians.build(fitted.weights, fitted.means, fitted.covariances * scale**2, "full"))
+        found = GaussianMixture(n_components, covariance="full", random_state=seed).fit(X.double().numpy())
+        wider = torch.as_tensor(found.covariances_) * scale**2
+        return cls(Gaussians.build(torch.as_tensor(found.weights_), torch.as_tensor(found.means_), wider, "full"))
 
 
 class KernelNoise(_FromGaussians):
@@ -152,9 +153,10 @@ class StudentNoise:
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, shape (n, F), float64: Gaussian ones divided by the root of a chi-square over its freedom."""
         mean_F = self.gaussians.means[0]
-        normal_NF = self.gaussians.sample(n, generator=generator)[0] - mean_F
-        half_N = mean_F.new_full((n,), self.df / 2)
-        return mean_F + normal_NF * (half_N / torch._standard_gamma(half_N, generator=generator)).sqrt()[:, None]
+        normal_NF = _draw(self.gaussians, n, generator) - mean_F
+        half_N = torch.full((n,), self.df / 2, dtype=torch.float64)
+        stretch_N = (half_N / torch._standard_gamma(half_N, generator=generator)).sqrt()
+        return mean_F + normal_NF * stretch_N.to(mean_F)[:, None]
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at x of shape (N, F), shape (N,), float64."""
@@ -196,8 +198,8 @@ class UniformNoise:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """n draws, shape (n, F)."""
-        unit_NF = torch.rand(n, len(self.low), dtype=self.low.dtype, device=self.low.device, generator=generator)
-        return self.low + (self.high - self.low) * unit_NF
+        unit_NF = torch.rand(n, len(self.low), dtype=self.low.dtype, generator=generator)
+        return self.low + (self.high - self.low) * unit_NF.to(self.low)
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at x of shape (N, F), shape (N,): a constant in the box, -inf outside."""
@@ -323,6 +325,11 @@ def _spread(X: Tensor) -> tuple[Tensor, Tensor]:
             f"feature {int((~(spread_F > 0)).nonzero()[0])} is constant, so it has no density; leave it out"
         )
     return X.double().mean(0), spread_F
+
+
+def _draw(gaussians: Gaussians, n: int, generator: torch.Generator | None) -> Tensor:
+    """n draws, made on the CPU and moved to where the Gaussians are."""
+    return gaussians.to("cpu").sample(n, generator=generator)[0].to(gaussians.means)
 
 
 def _around(X: Tensor, scale: float, diagonal: bool) -> Gaussians:

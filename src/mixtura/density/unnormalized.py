@@ -17,51 +17,27 @@ et al. 2025 (2503.07021) for the learned constant.
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixtura.core.training import NonFiniteLoss
 from mixtura.density.noise_laws import NoiseLaw, check_support, noise_law
+from mixtura.density.noise_weights import LogP0, NoiseSums, draw_noise, evaluate_both, noise_sums, not_finite
 
 __all__ = ["INNER", "CompositionalLikelihood", "NoiseContrastive", "NoiseCoverageWarning"]
 
 Inner = Literal["ema", "storm", "batch", "learned"]
 INNER: tuple[Inner, ...] = ("ema", "storm", "batch", "learned")
 FORMS = ("logistic", "exponential")
-LogP0 = Callable[[Tensor], Tensor]
 ESS_MEMORY = 0.05  # weight of the newest step in the running mean of the effective sample size
 ESS_SETTLED = 50  # steps before that mean is judged: early in a training q need not fit yet
 
 
 class NoiseCoverageWarning(UserWarning):
     """A handful of noise points carries the whole normalising constant: q does not cover the model."""
-
-
-@dataclass(frozen=True)
-class NoiseSums:
-    """What all processes together know of a step.
-
-    Attributes:
-        log_mean: log of the mean weight p0 / q, in nats: the step's estimate of log Z.
-        ess_fraction: (Σ w)² / Σ w² over the number of noise points, in (0, 1].
-        n_noise: number of noise points of all processes.
-        n_data: number of data points of all processes.
-        mean_log_p0: mean of log p0 over the data, in nats.
-        world: number of processes.
-    """
-
-    log_mean: float
-    ess_fraction: float
-    n_noise: int
-    n_data: int
-    mean_log_p0: float
-    world: int
 
 
 class CompositionalLikelihood(nn.Module):
@@ -179,11 +155,11 @@ class CompositionalLikelihood(nn.Module):
         Warns:
             NoiseCoverageWarning: once, when the running mean of the effective sample size falls below ``ess_floor``.
         """
-        z = _draw(self.noise, x, noise_batch, self.noise_batch_size, generator)
+        z = draw_noise(self.noise, x, noise_batch, self.noise_batch_size, generator)
         step = int(self.steps)
-        log_x_B, log_z_J = _evaluate(log_p0, x, z, step)
+        log_x_B, log_z_J = evaluate_both(log_p0, x, z, step)
         log_w_J = log_z_J - self.noise.log_prob(z.flatten(1)).detach().to(log_z_J)
-        sums = _sums(log_x_B.detach(), log_w_J.detach(), step)
+        sums = noise_sums(log_x_B.detach(), log_w_J.detach(), step)
         log_u = self._follow(log_p0, z, log_z_J, log_w_J, sums)
         self._watch(sums, step)
         # The mean over processes of these local terms is the gradient over all points, however uneven the shares.
@@ -221,7 +197,7 @@ class CompositionalLikelihood(nn.Module):
         with torch.no_grad():
             before_J = torch.func.functional_call(module, _unflatten(self.previous, module), (z,)).double()
         log_w_before_J = log_w_J.detach() - log_z_J.detach() + before_J
-        return sums.log_mean - _sums(before_J[:0], log_w_before_J, int(self.steps)).log_mean
+        return sums.log_mean - noise_sums(before_J[:0], log_w_before_J, int(self.steps)).log_mean
 
     def _watch(self, sums: NoiseSums, step: int) -> None:
         self.ess_fraction = sums.ess_fraction
@@ -314,14 +290,14 @@ class NoiseContrastive(nn.Module):
             ValueError: log p0 of another shape than (n,), or a data point outside the support of q (its row is named).
             NonFiniteLoss: log p0 is NaN, or infinite where it may not be.
         """
-        z = _draw(self.noise, x, noise_batch, max(1, round(self.ratio * len(x))), generator)
+        z = draw_noise(self.noise, x, noise_batch, max(1, round(self.ratio * len(x))), generator)
         step = int(self.steps)
-        log_x_B, log_z_J = _evaluate(log_p0, x, z, step)
+        log_x_B, log_z_J = evaluate_both(log_p0, x, z, step)
         log_q_x_B = check_support(self.noise, x.flatten(1)).to(log_x_B)
         log_q_z_J = self.noise.log_prob(z.flatten(1)).detach().to(log_z_J)
         if step == 0:
             with torch.no_grad():
-                self.log_z.fill_(_sums(log_x_B, log_z_J - log_q_z_J, step).log_mean)
+                self.log_z.fill_(noise_sums(log_x_B, log_z_J - log_q_z_J, step).log_mean)
         log_ratio_B, log_ratio_J = log_x_B - self.log_z - log_q_x_B, log_z_J - self.log_z - log_q_z_J
         if self.form == "exponential":
             loss = torch.exp(-log_ratio_B / 2).mean() + torch.exp(log_ratio_J / 2).mean()
@@ -329,7 +305,7 @@ class NoiseContrastive(nn.Module):
             nu = len(z) / len(x)
             loss = F.softplus(math.log(nu) - log_ratio_B).mean() + nu * F.softplus(log_ratio_J - math.log(nu)).mean()
         if not math.isfinite(loss.item()):
-            raise _not_finite(log_x_B, log_z_J - log_q_z_J, step)
+            raise not_finite(log_x_B, log_z_J - log_q_z_J, step)
         self.steps += 1
         return self._normalized(loss, _module(log_p0, "normalized_gradient=True")) if self.normalized_gradient else loss
 
@@ -349,73 +325,6 @@ class NoiseContrastive(nn.Module):
 def _check_noise_batch_size(value: int) -> None:
     if value < 0:
         raise ValueError(f"noise_batch_size must be >= 0 (0: as many as there are data points), got {value}")
-
-
-def _draw(noise: NoiseLaw, x: Tensor, given: Tensor | None, n: int, generator: torch.Generator | None) -> Tensor:
-    """Noise points in the shape and dtype of the data, shape (J, ...)."""
-    if x.dim() < 2:
-        raise ValueError(f"x must have shape (points, features...), got {tuple(x.shape)}; one feature is x[:, None]")
-    if given is None:
-        with torch.no_grad():
-            given = noise.sample(n or len(x), generator)
-        given = given.to(x).reshape(-1, *x.shape[1:])
-    if given.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"noise_batch must have points of shape {tuple(x.shape[1:])} as x has, got {tuple(given.shape[1:])}"
-        )
-    if len(given) == 0:
-        raise ValueError("noise_batch must hold at least one point, got 0")
-    return given
-
-
-def _evaluate(log_p0: LogP0, x: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Log p0 at data and noise in one call, float64, shapes (B,) and (J,)."""
-    values = log_p0(torch.cat([x, z.to(x)]))
-    n = len(x) + len(z)
-    if values.shape != (n,):
-        raise ValueError(f"log_p0 must give one value a point, shape ({n},), got {tuple(values.shape)}")
-    values = values.double()
-    return values[: len(x)], values[len(x) :]
-
-
-def _sums(log_x_B: Tensor, log_w_J: Tensor, step: int) -> NoiseSums:
-    """Sums over the noise and data points of all processes, computed without a gradient."""
-    with torch.no_grad():
-        row = torch.stack(
-            [
-                log_w_J.logsumexp(0),
-                (2 * log_w_J).logsumexp(0),
-                log_x_B.sum(),
-                log_w_J.new_tensor(len(log_w_J)),
-                log_w_J.new_tensor(len(log_x_B)),
-            ]
-        )
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        rows_R5 = row[None]
-        if world > 1:
-            gathered = [torch.empty_like(row) for _ in range(world)]
-            dist.all_gather(gathered, row)
-            rows_R5 = torch.stack(gathered)
-        log_sum, log_squares = rows_R5[:, :2].logsumexp(0).tolist()  # one wait for the device a step
-        total, n_noise, n_data = rows_R5[:, 2:].sum(0).tolist()
-    if not (math.isfinite(log_sum) and math.isfinite(total)):
-        raise _not_finite(log_x_B, log_w_J, step)
-    return NoiseSums(
-        log_mean=log_sum - math.log(n_noise),
-        ess_fraction=math.exp(2 * log_sum - log_squares) / n_noise,
-        n_noise=int(n_noise),
-        n_data=int(n_data),
-        mean_log_p0=total / max(1.0, n_data),
-        world=world,
-    )
-
-
-def _not_finite(log_x_B: Tensor, log_w_J: Tensor, step: int) -> NonFiniteLoss:
-    bad_data, bad_noise = int((~log_x_B.isfinite()).sum()), int((log_w_J.isnan() | log_w_J.isposinf()).sum())
-    return NonFiniteLoss(
-        f"log_p0 is not finite at step {step}: {bad_data} of {len(log_x_B)} data points and {bad_noise} of "
-        f"{len(log_w_J)} noise points are NaN or infinite (or no noise point has any weight); lower the learning rate"
-    )
 
 
 def _module(log_p0: LogP0, why: str = 'inner="storm"') -> nn.Module:
