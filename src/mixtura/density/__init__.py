@@ -8,12 +8,21 @@ used.
 
 from mixtura._lazy import lazy_names
 
-__all__: list[str] = ["CompositionalLikelihood", "EnergyDensity", "NoiseContrastive", "ood_score"]
+__all__ = [
+    "CompositionalLikelihood",
+    "EnergyDensity",
+    "GaussianMixture",
+    "NoiseContrastive",
+    "kmeans_plus_plus",
+    "ood_score",
+]
 
 NAMES: dict[str, str] = {
     "CompositionalLikelihood": "mixtura.density.unnormalized",
     "EnergyDensity": "mixtura.density.energy_model",
+    "GaussianMixture": "mixtura.density.mixture",
     "NoiseContrastive": "mixtura.density.unnormalized",
+    "kmeans_plus_plus": "mixtura.density.starts",
     "ood_score": "mixtura.density.energy_model",
 }
 
