@@ -1,7 +1,8 @@
 """Built-in energies, and chains that walk on one.
 
-A built-in energy is a network on standardised features plus the log of a wide Gaussian, -|x|² / 8 in units of the data's
-spread, so that the model falls off in every direction and has a normalising constant at all.
+A built-in energy tilts a base law: log p0 = net(y) + log base(x), with y the standardised features. It falls off in every
+direction as the base does, so that it has a normalising constant at all; with the noise law as base the weights p0 / q are
+exp(net), which starts at 1.
 
 Shapes: N samples. Source of the chains: Roberts and Tweedie 1996, eq. 1.5 (Metropolis-adjusted Langevin).
 """
@@ -13,25 +14,29 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ENERGIES", "Confined", "evaluated", "langevin"]
+from mixtura.density.noise_laws import NoiseLaw
+
+__all__ = ["ENERGIES", "Tilted", "evaluated", "langevin", "tilted"]
 
 BLOCK = 8192  # rows an energy is evaluated on at once
 
 
-class Confined(nn.Module):
-    """Log p0 = net(y) - |y|² / 8, with y the features in units of the data's spread.
+class Tilted(nn.Module):
+    """Log p0 = net(y) + log base(x), with y the features in units of the data's spread.
 
     Args:
         net: (N, ...) -> (N, 1).
+        base: a law over flattened samples; no part of the state.
         feature_shape: of a sample.
     """
 
     shift: Tensor
     scale: Tensor
 
-    def __init__(self, net: nn.Module, feature_shape: tuple[int, ...]) -> None:
+    def __init__(self, net: nn.Module, base: NoiseLaw, feature_shape: tuple[int, ...]) -> None:
         super().__init__()
         self.net = net
+        self.base = base
         self.register_buffer("shift", torch.zeros(feature_shape))
         self.register_buffer("scale", torch.ones(feature_shape))
 
@@ -41,18 +46,30 @@ class Confined(nn.Module):
         self.scale.copy_(data.std(0, correction=0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Log p0, shape (N,)."""
-        y = (x - self.shift) / self.scale
-        return self.net(y).squeeze(-1) - y.flatten(1).square().sum(1) / 8
+        """Log p0, shape (N,), float64."""
+        tilt_N = self.net((x - self.shift) / self.scale).squeeze(-1).double()
+        return tilt_N + self.base.log_prob(x.flatten(1)).to(tilt_N)
 
 
-def _mlp(feature_shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+def _ready(layer: nn.Linear | nn.Conv2d) -> nn.Module:
+    """A layer whose units bend at different places inside the data.
+
+    With torch's own start, narrow weights and biases, a thousand steps fit the ring of eight Gaussians and not the eight:
+    3.24 nats where this start reaches 2.84 and the entropy is 2.82.
+    """
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    assert layer.bias is not None
+    nn.init.uniform_(layer.bias, -1.0, 1.0)
+    return layer
+
+
+def _mlp(feature_shape: tuple[int, ...], width: int, depth: int) -> nn.Sequential:
     sizes = [math.prod(feature_shape), *[width] * depth]
-    layers = [part for a, b in itertools.pairwise(sizes) for part in (nn.Linear(a, b), nn.SiLU())]
-    return Confined(nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], 1)), feature_shape)
+    layers = [part for a, b in itertools.pairwise(sizes) for part in (_ready(nn.Linear(a, b)), nn.SiLU())]
+    return nn.Sequential(nn.Flatten(), *layers, nn.Linear(sizes[-1], 1))
 
 
-def _conv(feature_shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
+def _conv(feature_shape: tuple[int, ...], width: int, depth: int) -> nn.Sequential:
     """Convolutions of stride 2, so that each layer halves the sides."""
     if len(feature_shape) != 3:
         raise ValueError(
@@ -60,12 +77,28 @@ def _conv(feature_shape: tuple[int, ...], width: int, depth: int) -> nn.Module:
         )
     channels = [feature_shape[0], *[width] * depth]
     pairs = itertools.pairwise(channels)
-    layers = [part for a, b in pairs for part in (nn.Conv2d(a, b, 3, stride=2, padding=1), nn.SiLU())]
+    convolutions = (_ready(nn.Conv2d(a, b, 3, stride=2, padding=1)) for a, b in pairs)
+    layers = [part for convolution in convolutions for part in (convolution, nn.SiLU())]
     sides = [math.ceil(edge / 2**depth) for edge in feature_shape[1:]]
-    return Confined(nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * math.prod(sides), 1)), feature_shape)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(width * math.prod(sides), 1))
 
 
-ENERGIES: dict[str, Callable[[tuple[int, ...], int, int], nn.Module]] = {"mlp": _mlp, "conv": _conv}
+ENERGIES: dict[str, Callable[[tuple[int, ...], int, int], nn.Sequential]] = {"mlp": _mlp, "conv": _conv}
+
+
+def tilted(kind: str, base: NoiseLaw, feature_shape: tuple[int, ...], width: int, depth: int) -> Tilted:
+    """A built-in energy over a base law, which it equals before training.
+
+    Args:
+        kind: ``"mlp"`` or ``"conv"`` (images, stride 2 a layer).
+        base: a law over flattened samples.
+        feature_shape: of a sample.
+        width, depth: of the hidden layers.
+    """
+    net = ENERGIES[kind](feature_shape, width, depth)
+    for parameter in net[-1].parameters():
+        nn.init.zeros_(parameter)
+    return Tilted(net, base, feature_shape)
 
 
 def evaluated(log_p0: nn.Module, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from mixtura.core.keeping import Keeping
 from mixtura.core.training import TrainConfig, learning_rate
 from mixtura.core.training import fit as train
 from mixtura.density import noise_laws
-from mixtura.density.energies import ENERGIES, Confined, evaluated, langevin
+from mixtura.density.energies import ENERGIES, Tilted, evaluated, langevin, tilted
 from mixtura.density.unnormalized import CompositionalLikelihood, NoiseContrastive, NoiseCoverageWarning
 
 __all__ = ["METHODS", "NOISES", "EnergyDensity", "ood_score"]
@@ -54,8 +54,9 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
     """A density whose logarithm is a network up to a constant, fitted by maximum likelihood.
 
     Args:
-        energy: what gives log p0, that is minus the energy: ``"mlp"``, ``"conv"`` (images), an ``nn.Module`` from (n, ...) to
-            (n,), of which a copy is trained, or a callable that builds one from the shape of a sample.
+        energy: what gives log p0, that is minus the energy: ``"mlp"`` or ``"conv"`` (images), networks that tilt the noise
+            law; an ``nn.Module`` from (n, ...) to (n,), of which a copy is trained; or a callable that builds one from the
+            shape of a sample.
         noise: the law q: ``"gaussian"`` (twice as wide as the data), ``"mixture"``, ``"student"``, ``"uniform"``,
             ``"kernel"``, fitted to the data, or a law of your own over flattened samples.
         method: ``"compositional"``; ``"nce"`` and ``"batch"`` (biased) are what it is compared with.
@@ -77,6 +78,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         ess_: effective sample size of those draws over their number. Below .02 the error bar can not be trusted.
         history_: per step, arrays of ``loss``, ``log_partition`` and, for the likelihoods, ``ess``.
         noise_: the fitted law.
+        base_: the law that a built-in network tilts: the first q; ``None`` for a module of your own.
         weights_: the network's state, name -> array.
         feature_shape_, n_features_in_: of a sample.
     Does not do:
@@ -143,9 +145,10 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         law = self._fitted_noise(flat_NF)
         noise_laws.check_support(law, flat_NF)
         x = data.to(self.device, _dtype(flat_NF))
-        log_p0 = self._network()
-        log_p0.to(x)
-        if isinstance(log_p0, Confined):
+        # What a built-in network tilts, and what the model falls off like.
+        self.base_ = law if isinstance(self.energy, str) else None
+        log_p0 = self._network().to(x)
+        if isinstance(log_p0, Tilted):
             log_p0.standardise(data)
         objective = self._objective(_on(law, self.device))
         self.history_ = self._train(log_p0, objective, x)
@@ -223,7 +226,8 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if isinstance(self.energy, str):
-                return ENERGIES[self.energy](self.feature_shape_, self.width, self.depth)
+                base = _on(self.base_, self.device)
+                return tilted(self.energy, base, self.feature_shape_, self.width, self.depth)
             return self.energy(self.feature_shape_)
 
     def _objective(self, law: noise_laws.NoiseLaw) -> CompositionalLikelihood | NoiseContrastive:
