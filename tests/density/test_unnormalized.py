@@ -66,7 +66,7 @@ def test_three_steps_match_a_loop_over_points_in_plain_numbers():
     generator, u = torch.Generator().manual_seed(1), None
     for step in range(3):
         x, z = EvenStates().sample(4, generator), EvenStates().sample(5, generator)
-        weights = [STATES * math.exp(float(model(p[None]))) for p in z]
+        weights = [STATES * math.exp(model(p[None]).item()) for p in z]
         mean = sum(weights) / 5
         u = mean if u is None else 0.7 * u + 0.3 * mean
         want = (
@@ -220,7 +220,7 @@ def test_noise_contrast_matches_a_loop_over_points_in_plain_numbers():
             objective.log_z.fill_(c)
 
         def ratio(point: Tensor) -> float:
-            return STATES * math.exp(float(model(point[None])) - c)
+            return STATES * math.exp(model(point[None]).item() - c)
 
         if form == "logistic":
             # The posterior that a point is noise, with two noise points a data point.
@@ -228,7 +228,7 @@ def test_noise_contrast_matches_a_loop_over_points_in_plain_numbers():
             want -= 2 * sum(math.log(2 / (ratio(p) + 2)) for p in z) / 8
         else:
             want = sum(ratio(p) ** -0.5 for p in x) / 4 + sum(ratio(p) ** 0.5 for p in z) / 8
-        assert float(objective(model, x, noise_batch=z)) == pytest.approx(want, rel=1e-12)
+        assert objective(model, x, noise_batch=z).item() == pytest.approx(want, rel=1e-12)
 
 
 @pytest.mark.parametrize("form", ["logistic", "exponential"])
@@ -254,6 +254,20 @@ def test_a_normalised_gradient_has_length_one_and_the_same_direction():
     raw = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, [model.natural, plain.log_z])])
     found = torch.cat([g.reshape(-1) for g in torch.autograd.grad(same, [model.natural, unit.log_z])])
     torch.testing.assert_close(found, raw / raw.norm(), rtol=1e-9, atol=1e-12)
+
+
+def test_noise_outside_the_support_of_the_model_has_no_weight_and_no_gradient():
+    class Half(Family):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.where(x[:, 0] < STATES / 2, super().forward(x), -math.inf)
+
+    model, objective, x = Half(), CompositionalLikelihood(EvenStates()), ALL_STATES[:5]
+    (want,) = torch.autograd.grad(
+        torch.log_softmax(model(ALL_STATES[: STATES // 2]), 0)[:5].neg().mean(), [model.natural]
+    )
+    value = objective(model, x, noise_batch=ALL_STATES)
+    assert math.isfinite(value.item())
+    torch.testing.assert_close(torch.autograd.grad(value, [model.natural])[0], want, rtol=1e-9, atol=1e-12)
 
 
 def test_the_effective_sample_size_is_that_of_the_weights():

@@ -60,36 +60,30 @@ def draw_noise(noise: NoiseLaw, x: Tensor, given: Tensor | None, n: int, generat
     return given
 
 
-def evaluate_both(log_p0: LogP0, x: Tensor, z: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Log p0 at data and noise in one call, float64, shapes (B,) and (J,)."""
-    values = log_p0(torch.cat([x, z.to(x)]))
+def evaluate_both(log_p0: LogP0, x: Tensor, z: Tensor) -> Tensor:
+    """Log p0 at data and noise in one call, float64, shape (B + J,)."""
     n = len(x) + len(z)
+    values = log_p0(torch.cat([x, z]))
     if values.shape != (n,):
         raise ValueError(f"log_p0 must give one value a point, shape ({n},), got {tuple(values.shape)}")
-    values = values.double()
-    return values[: len(x)], values[len(x) :]
+    return values.double()
 
 
 def noise_sums(log_x_B: Tensor, log_w_J: Tensor, step: int) -> NoiseSums:
     """Sums over the noise and data points of all processes, computed without a gradient."""
     with torch.no_grad():
-        row = torch.stack(
-            [
-                log_w_J.logsumexp(0),
-                (2 * log_w_J).logsumexp(0),
-                log_x_B.sum(),
-                log_w_J.new_tensor(len(log_w_J)),
-                log_w_J.new_tensor(len(log_x_B)),
-            ]
-        )
-        world = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-        rows_R5 = row[None]
-        if world > 1:
-            gathered = [torch.empty_like(row) for _ in range(world)]
-            dist.all_gather(gathered, row)
-            rows_R5 = torch.stack(gathered)
-        log_sum, log_squares = rows_R5[:, :2].logsumexp(0).tolist()  # one wait for the device a step
-        total, n_noise, n_data = rows_R5[:, 2:].sum(0).tolist()
+        # Sums of weights and of their squares, and of log p0.
+        row = torch.cat([torch.stack([log_w_J, 2 * log_w_J]).logsumexp(1), log_x_B.sum()[None]])
+        if dist.is_available() and dist.is_initialized() and (world := dist.get_world_size()) > 1:
+            row = torch.cat([row, row.new_tensor([len(log_w_J), len(log_x_B)])])
+            rows = [torch.empty_like(row) for _ in range(world)]
+            dist.all_gather(rows, row)
+            rows_R5 = torch.stack(rows)
+            log_sum, log_squares = rows_R5[:, :2].logsumexp(0).tolist()
+            total, n_noise, n_data = rows_R5[:, 2:].sum(0).tolist()
+        else:
+            world, n_noise, n_data = 1, len(log_w_J), len(log_x_B)
+            log_sum, log_squares, total = row.tolist()  # the one wait for the device in a step
     if not (math.isfinite(log_sum) and math.isfinite(total)):
         raise not_finite(log_x_B, log_w_J, step)
     return NoiseSums(

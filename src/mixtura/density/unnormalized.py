@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -157,37 +158,39 @@ class CompositionalLikelihood(nn.Module):
         """
         z = draw_noise(self.noise, x, noise_batch, self.noise_batch_size, generator)
         step = int(self.steps)
-        log_x_B, log_z_J = evaluate_both(log_p0, x, z, step)
+        values_BJ = evaluate_both(log_p0, x, z)
+        log_x_B, log_z_J = values_BJ.detach().split([len(x), len(z)])
         log_w_J = log_z_J - self.noise.log_prob(z.flatten(1)).detach().to(log_z_J)
-        sums = noise_sums(log_x_B.detach(), log_w_J.detach(), step)
+        sums = noise_sums(log_x_B, log_w_J, step)
         log_u = self._follow(log_p0, z, log_z_J, log_w_J, sums)
         self._watch(sums, step)
-        # The mean over processes of these local terms is the gradient over all points, however uneven the shares.
-        noise_term = torch.exp(log_w_J.logsumexp(0) - math.log(sums.n_noise) - log_u.detach()) * sums.world
-        data_term = log_x_B.sum() / max(1, sums.n_data) * sums.world
-        surrogate = noise_term - data_term
+        # The gradient is a weighted sum of those of log p0, so the graph needs nothing but that sum. The mean over processes
+        # of these local terms is the gradient over all points, however uneven the shares.
+        pull_J = torch.exp(log_w_J - (log_u + math.log(sums.n_noise / sums.world)))
+        push_B = log_x_B.new_full((len(x),), -sums.world / max(1, sums.n_data))
+        # A noise point outside the model's support has the value -inf and the weight 0.
+        surrogate = values_BJ.nan_to_num(neginf=0.0) @ torch.cat([push_B, pull_J])
         if self.inner == "learned":
-            # d/db of exp(log ghat - b) + b, of which the first term holds b as a constant above.
-            surrogate = surrogate + self.log_z * (1.0 - math.exp(sums.log_mean - float(log_u)))
-        return surrogate - surrogate.detach() + (log_u.detach() - sums.mean_log_p0)
+            # d/db of the bound exp(log ghat - b) + b.
+            surrogate = surrogate + self.log_z * (1.0 - math.exp(sums.log_mean - log_u))
+        return surrogate - surrogate.detach() + (log_u - sums.mean_log_p0)
 
-    def _follow(self, log_p0: LogP0, z: Tensor, log_z_J: Tensor, log_w_J: Tensor, sums: NoiseSums) -> Tensor:
+    def _follow(self, log_p0: LogP0, z: Tensor, log_z_J: Tensor, log_w_J: Tensor, sums: NoiseSums) -> float:
         """Move u by one step and return its logarithm."""
-        newest = self.log_u.new_tensor(sums.log_mean)
         first = int(self.steps) == 0
+        log_u = sums.log_mean
         if self.inner == "learned":
             with torch.no_grad():
                 if first:
-                    self.log_z.copy_(newest)
-                log_u = self.log_z.detach().clone()
-        elif first or self.inner == "batch" or self.gamma == 1:
-            log_u = newest
-        else:
-            log_u = self.log_u + (self._drift(log_p0, z, log_z_J, log_w_J, sums) if self.inner == "storm" else 0.0)
-            log_u = torch.logaddexp(math.log1p(-self.gamma) + log_u, math.log(self.gamma) + newest)
+                    self.log_z.fill_(log_u)
+                log_u = float(self.log_z)
+        elif not first and self.inner != "batch" and self.gamma < 1:
+            drift = self._drift(log_p0, z, log_z_J, log_w_J, sums) if self.inner == "storm" else 0.0
+            kept = math.log1p(-self.gamma) + float(self.log_u) + drift
+            log_u = float(np.logaddexp(kept, math.log(self.gamma) + sums.log_mean))
         if self.inner == "storm":
             self.previous = nn.utils.parameters_to_vector(_module(log_p0).parameters()).detach()
-        self.log_u.copy_(log_u)
+        self.log_u.fill_(log_u)
         self.steps += 1
         return log_u
 
@@ -196,16 +199,18 @@ class CompositionalLikelihood(nn.Module):
         module = _module(log_p0)
         with torch.no_grad():
             before_J = torch.func.functional_call(module, _unflatten(self.previous, module), (z,)).double()
-        log_w_before_J = log_w_J.detach() - log_z_J.detach() + before_J
+        log_w_before_J = log_w_J - log_z_J + before_J
         return sums.log_mean - noise_sums(before_J[:0], log_w_before_J, int(self.steps)).log_mean
 
     def _watch(self, sums: NoiseSums, step: int) -> None:
         self.ess_fraction = sums.ess_fraction
-        self.ess_mean += max(ESS_MEMORY, 1 / (step + 1)) * (sums.ess_fraction - float(self.ess_mean))
-        if step + 1 >= ESS_SETTLED and not self._warned and float(self.ess_mean) < self.ess_floor:
+        mean = float(self.ess_mean)
+        mean += max(ESS_MEMORY, 1 / (step + 1)) * (sums.ess_fraction - mean)
+        self.ess_mean.fill_(mean)
+        if step + 1 >= ESS_SETTLED and not self._warned and mean < self.ess_floor:
             self._warned = True
             warnings.warn(
-                f"the effective sample size of the noise has fallen to {float(self.ess_mean):.2%} of {sums.n_noise} points "
+                f"the effective sample size of the noise has fallen to {mean:.2%} of {sums.n_noise} points "
                 f"at step {step} (floor {self.ess_floor:.0%}): u sees rare huge weights only, and the weights of the model "
                 "may run away; take a noise law with heavier tails or closer to the data, or a larger noise_batch_size",
                 NoiseCoverageWarning,
@@ -292,7 +297,7 @@ class NoiseContrastive(nn.Module):
         """
         z = draw_noise(self.noise, x, noise_batch, max(1, round(self.ratio * len(x))), generator)
         step = int(self.steps)
-        log_x_B, log_z_J = evaluate_both(log_p0, x, z, step)
+        log_x_B, log_z_J = evaluate_both(log_p0, x, z).split([len(x), len(z)])
         log_q_x_B = check_support(self.noise, x.flatten(1)).to(log_x_B)
         log_q_z_J = self.noise.log_prob(z.flatten(1)).detach().to(log_z_J)
         if step == 0:
