@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixtura.density import GaussianMixture
+from mixtura.density import EnergyDensity, GaussianMixture
 
 __all__ = ["ESTIMATORS", "Case"]
 
@@ -48,6 +48,7 @@ ESTIMATORS: dict[str, Case] = {
             "check_methods_subset_invariance": ONE_COMPONENT,
         },
     ),
+    "EnergyDensity": Case(lambda: EnergyDensity(max_iter=5, width=8, depth=1, batch_size=16, noise_batch_size=16)),
     "GaussianMixture without labels": Case(
         lambda: UnlabelledMixture(2, random_state=0), {"check_sample_weight_equivalence_on_dense_data": SAME_DRAW}
     ),
