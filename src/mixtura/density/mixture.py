@@ -104,7 +104,8 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
     Notes
     -----
     A step takes N C F (F + 3) multiplications for "full" (half of what C triangular solves take), about 4 N C F for
-    "diag" and "spherical", 4 N C F + 2 N F^2 for "tied". Memory beyond the samples: about 8 MB, and C F^2 numbers.
+    "diag" and "spherical", 4 N C F + 2 N F^2 for "tied". Memory beyond the samples: about 10 MB, C F^2 numbers, and
+    8 bytes a sample for ``labels_``.
 
     EM finds the nearest local maximum; ``n_init`` and :func:`select_components` try several.
 
