@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixtura.density import ScaleMixtureClassifier, ScaleMixtureRegressor
+from mixtura.density import EnergyDensity, GaussianMixture, ScaleMixtureClassifier, ScaleMixtureRegressor
 
 __all__ = ["ESTIMATORS", "Case"]
 
@@ -22,7 +22,36 @@ class Case:
     expected_failures: Mapping[str, str] = field(default_factory=dict)
 
 
+class UnlabelledMixture(GaussianMixture):
+    """A mixture that is not told the labels, so that every check applies."""
+
+    def fit(self, X, y=None, sample_weight=None):
+        """Fit without labels."""
+        return super().fit(X, sample_weight=sample_weight)
+
+    def partial_fit(self, X, y=None, sample_weight=None):
+        """Go on without labels."""
+        return super().partial_fit(X, sample_weight=sample_weight)
+
+
+ONE_COMPONENT = "sets n_components=1 and labels several classes, and every class needs a component of its own"
+SAME_DRAW = "k-means++ draws other samples when one is repeated instead of weighted; from one start both agree (tested)"
+
 ESTIMATORS: dict[str, Case] = {
+    "GaussianMixture": Case(
+        lambda: GaussianMixture(4, random_state=0),
+        {
+            "check_dont_overwrite_parameters": ONE_COMPONENT,
+            "check_fit2d_1feature": ONE_COMPONENT,
+            "check_fit2d_predict1d": ONE_COMPONENT,
+            "check_methods_sample_order_invariance": ONE_COMPONENT,
+            "check_methods_subset_invariance": ONE_COMPONENT,
+        },
+    ),
+    "EnergyDensity": Case(lambda: EnergyDensity(max_iter=5, width=8, depth=1, batch_size=16, noise_batch_size=16)),
+    "GaussianMixture without labels": Case(
+        lambda: UnlabelledMixture(2, random_state=0), {"check_sample_weight_equivalence_on_dense_data": SAME_DRAW}
+    ),
     "ScaleMixtureRegressor": Case(
         lambda: ScaleMixtureRegressor(n_restarts=0),
         # A regressor's density is that of targets, so score_samples takes (X, y); these two checks call it with X alone.

@@ -16,7 +16,7 @@ import numpy as np
 if TYPE_CHECKING:  # pandas is heavy, and `--help` needs none of it
     import pandas as pd
 
-__all__ = ["column", "non_finite", "numbers", "read_table"]
+__all__ = ["check_parquet_folder", "column", "non_finite", "numbers", "read_table", "text_problem"]
 
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 PARQUET = (".parquet", ".pq")
@@ -102,22 +102,34 @@ def numbers(
     matrix_NF = np.empty((len(table), len(names)))
     for f, name in enumerate(names):
         values = table[name]
-        if not (pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values)):
-            found = pd.to_numeric(values, errors="coerce")
-            bad = np.flatnonzero(found.isna() & values.notna())
-            row = int(bad[0]) if len(bad) else 0
-            raise ValueError(
-                f"column {name!r} is no column of numbers: row {row} (counted from 0) holds {values.iloc[row]!r} "
-                f"({len(bad)} of {len(values)} rows are no numbers); leave the column out or encode it"
-            )
+        if problem := text_problem(values):
+            raise ValueError(f"{problem}; leave the column out or encode it")
         if pd.api.types.is_complex_dtype(values):
             raise ValueError(
                 f"column {name!r} holds complex numbers; give their real and imaginary parts as two columns"
             )
+        if values.dtype == object:
+            values = pd.to_numeric(values)
         matrix_NF[:, f] = values.to_numpy(dtype=np.float64, na_value=np.nan)
     if problem := non_finite(matrix_NF, names, missing=missing):
         raise ValueError(problem)
     return matrix_NF, names
+
+
+def text_problem(values: pd.Series) -> str | None:
+    """Why a column is no column of numbers, in words; None where it is one."""
+    import pandas as pd
+
+    if pd.api.types.is_numeric_dtype(values) or pd.api.types.is_bool_dtype(values):
+        return None
+    bad = np.flatnonzero(pd.to_numeric(values, errors="coerce").isna() & values.notna())
+    if values.dtype == object and not len(bad):
+        return None  # numbers that pandas keeps as objects
+    row = int(bad[0]) if len(bad) else 0
+    return (
+        f"column {values.name!r} is no column of numbers: row {row} (counted from 0) holds {values.iloc[row]!r} "
+        f"({len(bad)} of {len(values)} rows are no numbers)"
+    )
 
 
 def non_finite(
@@ -150,12 +162,17 @@ def non_finite(
     return f"{counts} values, the first in row {first_row + row}, {where} (rows count from 0)"
 
 
+def check_parquet_folder(path: Path) -> None:
+    """Raise a ValueError where ``path`` is a folder and no file in it is Parquet by its name."""
+    if path.is_dir() and not any(file.suffix in PARQUET for file in path.rglob("*")):
+        raise ValueError(f"{path} is a folder without Parquet files ({', '.join(PARQUET)})")
+
+
 def _read_parquet(path: Path) -> pd.DataFrame:
     import pandas as pd
     import pyarrow
 
-    if path.is_dir() and not any(file.suffix in PARQUET for file in path.rglob("*")):
-        raise ValueError(f"{path} is a folder without Parquet files ({', '.join(PARQUET)})")
+    check_parquet_folder(path)
     try:
         return pd.read_parquet(path)
     except pyarrow.ArrowInvalid as error:

@@ -8,16 +8,44 @@ used.
 
 from mixtura._lazy import lazy_names
 
-__all__: list[str] = []
+__all__ = [
+    "BurrXII",
+    "CompositionalLikelihood",
+    "EnergyDensity",
+    "FixedScale",
+    "GaussianMixture",
+    "InverseGamma",
+    "NoiseContrastive",
+    "ScaleMixtureClassifier",
+    "ScaleMixtureGP",
+    "ScaleMixtureRegressor",
+    "WideNetworkKernel",
+    "kmeans_plus_plus",
+    "lloyd",
+    "merge_components",
+    "ood_score",
+    "select_components",
+    "split_component",
+]
 
 NAMES: dict[str, str] = {
     "BurrXII": "mixtura.density.scale_priors",
+    "CompositionalLikelihood": "mixtura.density.unnormalized",
+    "EnergyDensity": "mixtura.density.energy_model",
     "FixedScale": "mixtura.density.scale_priors",
+    "GaussianMixture": "mixtura.density.mixture",
     "InverseGamma": "mixtura.density.scale_priors",
+    "NoiseContrastive": "mixtura.density.unnormalized",
     "ScaleMixtureClassifier": "mixtura.density.scale_mixture_classifier",
     "ScaleMixtureGP": "mixtura.density.scale_mixture_process",  # another name of ScaleMixtureRegressor
     "ScaleMixtureRegressor": "mixtura.density.scale_mixture_process",
     "WideNetworkKernel": "mixtura.density.wide_network_kernel",
+    "kmeans_plus_plus": "mixtura.density.starts",
+    "lloyd": "mixtura.density.starts",
+    "merge_components": "mixtura.density.split_and_merge",
+    "ood_score": "mixtura.density.energy_model",
+    "select_components": "mixtura.density.selection",
+    "split_component": "mixtura.density.split_and_merge",
 }
 
 __getattr__ = lazy_names(__name__, NAMES)
