@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, demo, lm
+from mixtura.cli import claims, cluster, demo, lm, regress
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 cluster.add_to(app)
+regress.add_to(app)
 claims.add_to(app)
 
 

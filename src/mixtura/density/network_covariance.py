@@ -147,7 +147,7 @@ def dual(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor)
 
 
 def _value(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """The first result of :func:`dual`. Square roots are taken of the vectors, and all else in place: this is where the time goes."""
+    """The first result of :func:`dual`: roots are taken of vectors and the rest in place, since here is where time goes."""
     if activation == "relu":
         cosine = _cosine(cross, left, right)
         sine = torch.addcmul(torch.ones((), dtype=cross.dtype, device=cross.device), cosine, cosine, value=-1).sqrt_()

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from mixtura.core.keeping import Keeping
 from mixtura.core.training import TrainConfig, fit
+from mixtura.density.inputs import device_of
 from mixtura.density.process_inputs import checked_inputs, kernel_from
 from mixtura.density.scale_evidence import factor
 from mixtura.density.scale_priors import FixedScale, InverseGamma, Prior, ScalePrior, named_prior
@@ -183,7 +184,7 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         prior = named_prior(self.scale_prior)
-        self.kernel_ = kernel_from(self.kernel, self.depth, self.device)
+        self.kernel_ = kernel_from(self.kernel, self.depth, self._device)
         X = checked_inputs(self, X, reset=True)
         if y is None:
             raise ValueError("this classifier requires y to be passed, but the target y is None")
@@ -199,7 +200,7 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
         gram_MM = self._covariance(self.inducing_)
         lower_MM = factor(gram_MM, NUGGET * float(gram_MM.diagonal().mean()))[0]
         self.cholesky_ = lower_MM.cpu().numpy()
-        seen, labels_N = self._seen(X), torch.from_numpy(codes).to(self.device)
+        seen, labels_N = self._seen(X), torch.from_numpy(codes).to(self._device)
         model = _Posterior(prior, lower_MM, len(self.classes_))
         per_epoch = math.ceil(len(X) / self.batch_size)
 
@@ -210,7 +211,7 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
             rows = torch.from_numpy(order[part * self.batch_size : (part + 1) * self.batch_size])
             log_scale_S = model.draw_log_scale(self.n_draws)
             mean_BC, variance_BC = model.moments(seen[rows])
-            white_SBC = torch.randn(self.n_draws, *mean_BC.shape, dtype=mean_BC.dtype).to(self.device)
+            white_SBC = torch.randn(self.n_draws, *mean_BC.shape, dtype=mean_BC.dtype).to(self._device)
             logits_SBC = mean_BC + (0.5 * log_scale_S).exp()[:, None, None] * variance_BC.sqrt() * white_SBC
             fit_B = logits_SBC.log_softmax(-1).gather(-1, labels_N[rows].expand(self.n_draws, -1)[..., None])
             return model.divergence(self.n_draws) / len(X) - fit_B.mean()
@@ -262,8 +263,8 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
         else:
             log_scale_S = torch.full((PREDICT_DRAWS,), math.log(float(posterior.value)), dtype=torch.float64)
         white_SC = torch.randn(PREDICT_DRAWS, len(self.classes_), generator=generator, dtype=torch.float64)
-        step_SC = ((0.5 * log_scale_S).exp()[:, None] * white_SC).to(self.device)
-        centre_MC, spread_MC = (torch.from_numpy(v).to(self.device) for v in (self.centre_, self.spread_))
+        step_SC = ((0.5 * log_scale_S).exp()[:, None] * white_SC).to(self._device)
+        centre_MC, spread_MC = (torch.from_numpy(v).to(self._device) for v in (self.centre_, self.spread_))
         found = []
         for i in range(0, len(X), ROWS):
             seen = self._seen(X[i : i + ROWS])
@@ -273,15 +274,19 @@ class ScaleMixtureClassifier(Keeping, ClassifierMixin, BaseEstimator):
             found.append((logits_SBC.log_softmax(-1).logsumexp(0) - math.log(PREDICT_DRAWS)).cpu().numpy())
         return np.concatenate(found)
 
+    @property
+    def _device(self) -> str:
+        return device_of(self.device)
+
     def _covariance(self, X: np.ndarray, Y: np.ndarray | None = None) -> Tensor:
         found = self.kernel_(X) if Y is None else self.kernel_(X, Y)
-        return torch.from_numpy(np.array(found, dtype=np.float64)).to(self.device)
+        return torch.from_numpy(np.array(found, dtype=np.float64)).to(self._device)
 
     def _seen(self, X: np.ndarray) -> _Seen:
-        lower_MM = torch.from_numpy(self.cholesky_).to(self.device)
+        lower_MM = torch.from_numpy(self.cholesky_).to(self._device)
         white_MN = torch.linalg.solve_triangular(lower_MM, self._covariance(self.inducing_, X), upper=False)
         weights_MN = torch.linalg.solve_triangular(lower_MM.T, white_MN, upper=True)
-        own_N = torch.from_numpy(np.asarray(self.kernel_.diag(X), dtype=np.float64)).to(self.device)
+        own_N = torch.from_numpy(np.asarray(self.kernel_.diag(X), dtype=np.float64)).to(self._device)
         rest_N = (own_N - white_MN.square().sum(0)).clamp(min=0)
         return _Seen(white_MN.T.contiguous(), weights_MN.T.square(), rest_N)
 

@@ -25,6 +25,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from mixtura.core.keeping import Keeping
+from mixtura.density.inputs import device_of
 from mixtura.density.process_inputs import checked_inputs, checked_targets, kernel_from
 from mixtura.density.scale_evidence import evidence, factor, maximise
 from mixtura.density.scale_predictive import ScaleMixture, StudentT
@@ -128,7 +129,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         self.one_output_ = targets.ndim == 1
         columns_NC = targets.reshape(len(targets), -1)
         self.y_mean_, self.y_std_ = self._normaliser(columns_NC)
-        Y_NC = torch.from_numpy((columns_NC - self.y_mean_) / self.y_std_).to(self.device)
+        Y_NC = torch.from_numpy((columns_NC - self.y_mean_) / self.y_std_).to(self._device)
         noise = float(self.noise)
         if self.optimize:
             kernel, noise = self._learned(kernel, X, Y_NC, prior)
@@ -204,7 +205,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
             y: shape (M,) or (M, C), in the units of the training targets.
         """
         location_MC, covariance_MM = self._joint(X)
-        residual_MC = torch.from_numpy(self._residuals(y, location_MC)).to(self.device)
+        residual_MC = torch.from_numpy(self._residuals(y, location_MC)).to(self._device)
         found = evidence(covariance_MM, self.noise_, residual_MC, self.scale_posterior_)
         return found.log_evidence - len(residual_MC) * float(np.log(self.y_std_).sum())
 
@@ -257,7 +258,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
             raise ValueError(f"layers must be 'last' or 'all', got {layers!r}")
         check_is_fitted(self)
         X = checked_inputs(self, X, reset=False)
-        Y_NC = torch.from_numpy(self._fitted_targets()).to(self.device)
+        Y_NC = torch.from_numpy(self._fitted_targets()).to(self._device)
         K_NN, K_NM, K_M = self._covariance(self.X_fit_), self._cross(X), self._variances(X)
         if layers == "last":
             lower = factor(K_NN, 0.0)[0]
@@ -274,6 +275,10 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         variance_M = variance_M.clamp(min=torch.finfo(torch.float64).eps * float(K_M.max()))
         return self._predictive(location_MC.cpu().numpy(), variance_M.cpu().numpy(), self._prior_scale())
 
+    @property
+    def _device(self) -> str:
+        return device_of(self.device)
+
     def _checked(self) -> tuple[Prior, Any]:
         """Prior and kernel to start from; everything that the constructor was given is looked at here."""
         if not (self.noise >= 0 and math.isfinite(self.noise)):
@@ -286,7 +291,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
             raise ValueError(f"n_restarts must be >= 0, got {self.n_restarts}")
         if self.integration not in INTEGRATIONS:
             raise ValueError(f"integration must be one of {list(INTEGRATIONS)}, got {self.integration!r}")
-        return named_prior(self.scale_prior), kernel_from(self.kernel, self.depth, self.device)
+        return named_prior(self.scale_prior), kernel_from(self.kernel, self.depth, self._device)
 
     def _hold(self, prior: Prior, posterior: Posterior, log_evidence: float) -> None:
         self.scale_posterior_, self.log_evidence_ = posterior, log_evidence
@@ -349,7 +354,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         wanted = (len(X), len(X if Y is None else Y))
         if found.shape != wanted:
             raise ValueError(f"kernel must return covariances of shape {wanted}, got {found.shape}")
-        return torch.from_numpy(np.ascontiguousarray(found)).to(self.device)
+        return torch.from_numpy(np.ascontiguousarray(found)).to(self._device)
 
     def _cross(self, X: np.ndarray) -> Tensor:
         return self._covariance(self.X_fit_, X)
@@ -358,16 +363,16 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         if isinstance(self.kernel_, WideNetworkKernel):
             return self.kernel_.variances(self.kernel_.inputs(X)).double()
         if hasattr(self.kernel_, "diag"):
-            return torch.from_numpy(np.asarray(self.kernel_.diag(X), dtype=np.float64)).to(self.device)
+            return torch.from_numpy(np.asarray(self.kernel_.diag(X), dtype=np.float64)).to(self._device)
         one_by_one = [float(np.asarray(self.kernel_(row)).item()) for row in np.split(X, len(X))]
-        return torch.tensor(one_by_one, dtype=torch.float64, device=self.device)
+        return torch.tensor(one_by_one, dtype=torch.float64, device=self._device)
 
     def _moments(self, X: Any) -> tuple[np.ndarray, np.ndarray]:
         """Location (M, C) and variance (M,) of the function at s = 1, normalised units."""
         check_is_fitted(self)
         X = checked_inputs(self, X, reset=False)
-        lower_NN = torch.from_numpy(self.cholesky_).to(self.device)
-        coefficients_NC = torch.from_numpy(self.coefficients_).to(self.device)
+        lower_NN = torch.from_numpy(self.cholesky_).to(self._device)
+        coefficients_NC = torch.from_numpy(self.coefficients_).to(self._device)
         locations, variances = [], []
         for i in range(0, len(X), ROWS):
             part = X[i : i + ROWS]
@@ -382,7 +387,7 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
         """Location (M, C) and covariance (M, M) of the function at s = 1, normalised units."""
         check_is_fitted(self)
         X = checked_inputs(self, X, reset=False)
-        lower_NN = torch.from_numpy(self.cholesky_).to(self.device)
+        lower_NN = torch.from_numpy(self.cholesky_).to(self._device)
         K_NM = self._cross(X)
         white_NM = torch.linalg.solve_triangular(lower_NN, K_NM, upper=False)
         return K_NM.T.cpu().numpy() @ self.coefficients_, self._covariance(X) - white_NM.T @ white_NM
