@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mixtura.core import native
 from mixtura.density import WideNetworkKernel, wide_network_kernel
 from mixtura.density.network_covariance import dual, dual_own
 
@@ -188,6 +189,18 @@ def test_a_zero_input_has_no_direction_and_no_nan():
     kernel = WideNetworkKernel(2, "relu", 1.0, 0.0)
     gram = kernel(np.array([[0.0, 0.0], [1.0, 2.0]]))
     assert np.isfinite(gram).all() and gram[0].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("architecture", [*DENSE, *IMAGES])
+def test_without_a_compiler_the_kernel_is_the_same(architecture: str, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    shape = (3,) if architecture in DENSE else (4, 5, 1)
+    X, Y = rng.normal(size=(6, *shape)), rng.normal(size=(4, *shape))
+    kernel = WideNetworkKernel(2, "relu", 1.3, 0.2, architecture)
+    one_pass = kernel(X), kernel(X, Y)
+    monkeypatch.setattr(native, "why_not_relu_layers", lambda cross: "switched off")
+    for fast, slow in zip(one_pass, (kernel(X), kernel(X, Y)), strict=True):
+        np.testing.assert_allclose(fast, slow, rtol=1e-13)
 
 
 @pytest.mark.parametrize("activation", ["relu", "erf"])

@@ -1,9 +1,9 @@
-"""Small C kernels for the products of few rows, built on first use where the machine has a compiler.
+"""Small C kernels, built on first use where the machine has a compiler: products of few rows, and ReLU layers of wide networks.
 
 PyTorch has no product that reads a bfloat16 matrix for one or a few rows at the speed of memory (0.4 of it on two cores
 of an AMD Zen 4, and 0.5 for a single float32 row), and none at all for codes of 1, 2 or 3 bits. `skinny` and `packed` are
-these. Nothing depends on them: without a compiler, with ``MIXTURA_NATIVE=0``, or where anything about the build fails,
-`why_not` and `why_not_packed` say so and PyTorch does the work.
+these. `relu_layers` makes one pass of what takes PyTorch ten a layer. Nothing depends on them: without a compiler, with
+``MIXTURA_NATIVE=0``, or where anything about the build fails, `why_not` and its like say so and PyTorch does the work.
 
 The library is kept in :func:`~mixtura.core.cache.cache_directory` under a hash of source, compiler and processor.
 """
@@ -14,6 +14,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shutil
@@ -28,12 +29,12 @@ from torch import Tensor
 from mixtura.core.cache import cache_directory
 from mixtura.core.packing import PLANES
 
-__all__ = ["packed", "skinny", "why_not", "why_not_packed"]
+__all__ = ["packed", "relu_layers", "skinny", "why_not", "why_not_packed", "why_not_relu_layers"]
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c"))
-_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c", "arccosine.c"))
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 _SYMBOLS = {torch.float32: "skinny_f32", torch.bfloat16: "skinny_bf16"}
 _MOST_GROUP = 512  # codes a group for which packed.c has room
 _BUILD_SECONDS = 60
@@ -128,6 +129,44 @@ def packed(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: i
     return y_MO
 
 
+def why_not_relu_layers(cross: Tensor) -> str | None:
+    """Reason why `relu_layers` cannot work on these covariances, or None."""
+    if cross.device.type != "cpu" or cross.dtype != torch.float64:
+        return f"relu_layers works on float64 on the CPU, got {cross.dtype} on {cross.device}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def relu_layers(cross: Tensor, left: Tensor, right: Tensor, weight: float = 1.0, bias: float = 0.0) -> Tensor:
+    """Covariances after L layers c -> weight c + bias, each followed by a ReLU: E[relu(u) relu(v)] for Gaussian (u, v).
+
+    Args:
+        cross: covariances of N inputs with M before the first layer, shape (N, M), or (N, M, I, J) at each position.
+            `why_not_relu_layers` must have said None.
+        left: standard deviations of u before each ReLU, shape (L, N) or (L, N, I, J), >= 0.
+        right: standard deviations of v, shape (L, M) or (L, M, I, J), >= 0.
+        weight, bias: of every layer; 1 and 0 leave the ReLU alone.
+    Returns:
+        Shape of ``cross``, a new tensor.
+    Source:
+        Cho and Saul 2009, eq. 3 and 6 (n = 1), halved for one-sided activations.
+    """
+    library = _library()
+    assert not isinstance(library, str), library
+    found = cross.clone(memory_format=torch.contiguous_format)
+    # A zero input has no direction, and its covariance with all others is zero whatever the correlation.
+    smallest = 1e-154
+    parts = [t.contiguous() for side in (left, right) for t in (side, side.clamp(min=smallest).reciprocal())]
+    n, m = cross.shape[:2]
+    library.relu_layers(
+        *(ctypes.c_void_p(t.data_ptr()) for t in (found, *parts)),
+        ctypes.c_double(weight),
+        ctypes.c_double(bias),
+        *map(ctypes.c_int64, (len(left), n, m, math.prod(cross.shape[2:]))),
+    )
+    return found
+
+
 @functools.cache
 def _library() -> ctypes.CDLL | str:
     """The loaded library, or why there is none. Built once a process at most."""
@@ -142,7 +181,7 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         log.info("few-row products stay with PyTorch: %s", error)
         return f"building or loading failed: {error}"
-    for symbol in _SYMBOLS.values():
+    for symbol in (*_SYMBOLS.values(), "relu_layers"):
         getattr(library, symbol).restype = None
     return library
 

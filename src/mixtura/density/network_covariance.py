@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mixtura.core import native
+
 __all__ = [
     "ACTIVATIONS",
     "Activate",
@@ -109,7 +111,12 @@ def propagate(
     Returns:
         The record in the shapes of the output. Differentiable in the variances where no tangents are carried.
     """
-    for layer in layers:
+    rest = list(layers)
+    while rest:
+        if run := _relu_run(rest, k, activation, weight_variance, bias_variance):
+            k, rest = _relu_layers(k, run, float(weight_variance), float(bias_variance)), rest[2 * run :]
+            continue
+        layer = rest.pop(0)
         if isinstance(layer, Affine):
             k = _affine(k, layer.stride, weight_variance, bias_variance)
         elif isinstance(layer, Activate):
@@ -120,6 +127,34 @@ def propagate(
         else:
             k = _each(k, lambda t: t.mean((-2, -1)))
     return k
+
+
+def _relu_run(
+    layers: Sequence[Layer], k: Covariance, activation: ActivationName, weight: float | Tensor, bias: float | Tensor
+) -> int:
+    """How many of the next layers are dense with a ReLU and can be taken in one pass; 0 where none can."""
+    learned = any(isinstance(v, Tensor) and v.requires_grad for v in (weight, bias))
+    if activation != "relu" or k.cross.dim() != 2 or k.tangent is not None or learned:
+        return 0
+    if native.why_not_relu_layers(k.cross) is not None:
+        return 0
+    run = 0
+    for first, second in zip(layers[::2], layers[1::2], strict=False):
+        if not (isinstance(first, Affine) and isinstance(second, Activate)):
+            break
+        run += 1
+    return run
+
+
+def _relu_layers(k: Covariance, n_layers: int, weight: float, bias: float) -> Covariance:
+    left, right = k.left, k.right
+    deviations = []
+    for _ in range(n_layers):
+        left, right = weight * left + bias, weight * right + bias
+        deviations.append((left.sqrt()[:, 0], right.sqrt()[0]))
+        left, right = dual_own("relu", left)[0], dual_own("relu", right)[0]
+    lefts, rights = (torch.stack(side) for side in zip(*deviations, strict=True))
+    return Covariance(native.relu_layers(k.cross, lefts, rights, weight, bias), left, right)
 
 
 def dual(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +183,8 @@ def dual(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor)
 
 def _value(activation: ActivationName, cross: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """The first result of :func:`dual`: roots are taken of vectors and the rest in place, since here is where time goes."""
+    if activation == "relu" and native.why_not_relu_layers(cross) is None:
+        return native.relu_layers(cross, left.sqrt().transpose(0, 1), right.sqrt())
     if activation == "relu":
         cosine = _cosine(cross, left, right)
         sine = torch.addcmul(torch.ones((), dtype=cross.dtype, device=cross.device), cosine, cosine, value=-1).sqrt_()

@@ -66,9 +66,9 @@ def factor(gram: Tensor, noise: float) -> tuple[Tensor, float]:
     size = float(gram.diagonal().mean())
     for relative in JITTERS:
         jitter = relative * size
-        lower, info = torch.linalg.cholesky_ex(
-            gram + (noise + jitter) * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        )
+        noisy = gram.clone()
+        noisy.diagonal().add_(noise + jitter)
+        lower, info = torch.linalg.cholesky_ex(noisy)
         if int(info) == 0 and bool(lower.diagonal().isfinite().all()):
             if jitter:
                 log.warning(
