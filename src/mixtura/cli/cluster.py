@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.added_columns import check_places, write_beside
+
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
     import pandas as pd
@@ -105,7 +107,7 @@ def cluster(
         console.print(line, soft_wrap=True, markup=False)
 
     out = out or Path(f"{table.stem}-clusters.csv")
-    _check_places(table, out, plot)
+    check_places(table, out, plot)
     n = _number(components, most)
     job = _read(table, labels, ignore or [], missing)
     tried = "" if n else f", trying {max(len(job.classes), 1)} to {most} clusters by {criterion.value}"
@@ -140,15 +142,6 @@ def cluster(
         say(f"the best number is the largest that was tried; --max {2 * most} would try more")
     written = [str(path) for path in (out, plot, save) if path is not None]
     say(f"{' and '.join(written)} {'is' if len(written) == 1 else 'are'} written")
-
-
-def _check_places(table: Path, out: Path, plot: Path | None) -> None:
-    if out.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        raise ValueError(f"--out must end in .csv, .tsv or .parquet, got {out.name!r}")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot.name!r}")
-    if out.exists() and table.exists() and out.resolve() == table.resolve():
-        raise ValueError(f"{out} is also the table that is read; write to another file")
 
 
 def _number(components: str, most: int) -> int | None:
@@ -224,23 +217,12 @@ def _titles(job: Job, model: Any) -> list[str]:
 
 
 def _write(out: Path, job: Job, model: Any) -> None:
-    from mixtura.core.checkpoint import atomic_file
-
     titles = _titles(job, model)
     proba = model.predict_proba(job.X)
     rows = range(len(proba))
     added = {"cluster": [titles[c] for c in model.labels_], "probability": proba[rows, model.labels_].round(6)}
     added |= {f"p({title})": proba[:, c].round(6) for c, title in enumerate(titles)}
-    result = job.table.copy()
-    for name, values in added.items():
-        while name in result.columns:
-            name += "_"
-        result[name] = values
-    with atomic_file(out) as beside:
-        if out.suffix.lower() == ".parquet":
-            result.to_parquet(beside, index=False)
-        else:
-            result.to_csv(beside, index=False, sep="\t" if out.suffix.lower() == ".tsv" else ",")
+    write_beside(out, job.table, added)
 
 
 def _summary(job: Job, model: Any) -> Table:

@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.added_columns import check_places, write_beside
+
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
     import pandas as pd
@@ -124,7 +126,8 @@ def regress(
         console.print(line, soft_wrap=True, markup=False)
 
     out = out or Path(f"{table.stem}-predicted.csv")
-    _check(table, out, plot, depth, folds, band, starts)
+    check_places(table, out, plot)
+    _check(depth, folds, band, starts)
     job = _read(table, target, ignore or [])
     n_known = int((job.y == job.y).sum())
     empty = f", {len(job.y) - n_known:,} of them without {target}" if n_known < len(job.y) else ""
@@ -145,7 +148,9 @@ def regress(
         held, models = _held_out(job, rivals, folds, band, options, seed)
     for message in dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning):
         say(f"note: {message}")
-    _write(out, job, held[method.value])
+    ours = held[method.value]
+    columns = {"predicted": ours.location, "low": ours.low, "high": ours.high}
+    write_beside(out, job.table, {name: _digits(values) for name, values in columns.items()})
     if plot is not None:
         from mixtura.cli.regress_picture import draw
 
@@ -155,13 +160,7 @@ def regress(
     say(f"{' and '.join(written)} {'is' if len(written) == 1 else 'are'} written")
 
 
-def _check(table: Path, out: Path, plot: Path | None, depth: int, folds: int, band: float, starts: int) -> None:
-    if out.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        raise ValueError(f"--out must end in .csv, .tsv or .parquet, got {out.name!r}")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot.name!r}")
-    if out.exists() and table.exists() and out.resolve() == table.resolve():
-        raise ValueError(f"{out} is also the table that is read; write to another file")
+def _check(depth: int, folds: int, band: float, starts: int) -> None:
     if folds < 2:
         raise ValueError(f"--folds must be >= 2, got {folds}")
     if not 0 < band < 1:
@@ -230,19 +229,11 @@ def _held_out(
     return held, models
 
 
-def _write(out: Path, job: Job, held: Held) -> None:
-    from mixtura.core.checkpoint import atomic_file
+def _digits(values: np.ndarray) -> np.ndarray:
+    """Seven significant digits: more would be a promise."""
+    import numpy as np
 
-    result = job.table.copy()
-    for name, values in (("predicted", held.location), ("low", held.low), ("high", held.high)):
-        while name in result.columns:
-            name += "_"
-        result[name] = values
-    with atomic_file(out) as beside:
-        if out.suffix.lower() == ".parquet":
-            result.to_parquet(beside, index=False)
-        else:
-            result.to_csv(beside, index=False, sep="\t" if out.suffix.lower() == ".tsv" else ",", float_format="%.7g")
+    return np.array([float(f"{v:.7g}") for v in values])
 
 
 def _summary(y: np.ndarray, held: dict[str, Held], band: float) -> Table:
