@@ -253,7 +253,7 @@ def run(scale: Scale, seed: int, scratch: Path) -> dict[str, Any]:
 def plot(record: Record, figure: Any) -> None:
     """Gain over training rows, table by table; test NLL on the synthetic sets; NLL on spoilt digits."""
     seeds = record["seeds"]
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.3, 1, 1))
+    left, middle, right = figure.subplots(1, 3, width_ratios=(1.2, 0.9, 1.2))
     names = sorted({key.rsplit(" ", 1)[0] for key in seeds[0]["detail"]["gains"]})
     for name in names:
         gains = [np.mean([row["detail"]["gains"][f"{name} {n}"] for row in seeds]) for n in SIZES]
@@ -297,8 +297,9 @@ def _bars(axes: Any, seeds: Sequence[Any], views: Sequence[str], rivals: dict[st
         at = np.arange(len(views)) + (i - (len(rivals) - 1) / 2) * width
         axes.bar(at, np.median(values, 0), width, color=color, label=label)
         axes.vlines(at, values.min(0), values.max(0), color="black", linewidth=0.8)
-    axes.set_xticks(range(len(views)), views)
-    axes.legend(frameon=False, fontsize=7)
+    axes.set_xticks(range(len(views)), views, fontsize=8)
+    # Above the axes, clear of whiskers that run to the top.
+    axes.legend(frameon=False, fontsize=7, loc="lower left", bbox_to_anchor=(0, 1), borderaxespad=0.2)
 
 
 CLAIM = Claim(
