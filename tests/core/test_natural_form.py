@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from mixtura.core import natural_form
-from mixtura.core.gaussian import COVARIANCES, Gaussians, maximise, statistics
+from mixtura.core.gaussian import COVARIANCES, Gaussians
 from mixtura.core.natural_form import Frame, Pass, block_rows, too_narrow
+from mixtura.core.sufficient import maximise, statistics
 
 each_kind = pytest.mark.parametrize("covariance", COVARIANCES)
 NAMES = ("weight", "first", "second", "log_likelihood")
@@ -112,14 +113,16 @@ def test_without_the_guard_float32_would_be_wrong(monkeypatch):
     assert (logs - want).abs().mean() > 0.01
 
 
-def test_many_features_go_by_factor():
+@pytest.mark.parametrize(("f", "c", "products"), [(130, 1, False), (32, 2, False), (32, 16, True), (8, 1, True)])
+def test_many_features_of_few_components_go_by_factor(f, c, products):
     rng = np.random.default_rng(0)
-    x = torch.from_numpy(rng.normal(size=(300, 130)))
-    mixture = maximise(statistics(x, torch.ones(300, 1), "full"), "full")
+    x = torch.from_numpy(rng.normal(size=(300, f)))
+    shares = torch.from_numpy(rng.dirichlet(np.full(c, 9.0), size=300))
+    mixture = maximise(statistics(x, shares, "full"), "full", 0.1)
     frame = Frame(x.mean(0), x.std(0))
     found = Pass(frame.enter(mixture), frame)
     torch.testing.assert_close(found.add(x), mixture.score_samples(x), rtol=1e-9, atol=1e-9)
-    assert found._phi_PB.shape[0] == 131
+    assert (found._phi_PB.shape[0] > 1 + f) == products
 
 
 def test_a_sample_out_of_this_world_makes_no_nan():
@@ -156,5 +159,5 @@ def test_a_frame_of_a_mixture_has_its_centre_and_spread(covariance):
 )
 def test_a_block_is_bounded(f, c, covariance):
     rows = block_rows(f, c, covariance, torch.float64, "cpu")
-    assert 256 <= rows <= 4096
+    assert 512 <= rows <= 4096
     assert block_rows(f, c, covariance, torch.float64, "cuda") == 65536

@@ -1,4 +1,4 @@
-"""Gaussian components: log densities, statistics that add, maximisation, sampling, marginals and conditionals.
+"""Gaussian components: log densities, responsibilities, sampling, marginals and conditionals.
 
 Shapes: N samples, F features, C components. A covariance kind says what the components share:
 
@@ -11,11 +11,10 @@ diag      (C, F)                      an ellipsoid along the axes
 spherical (C,)                        a ball
 ========= ========================== ===========
 
-The slow and obvious forms stand here and define the meaning. ``core.natural_form`` computes the same log densities and
-statistics in two matrix products a block, and is checked against this module.
+The slow and obvious forms stand here and in ``core.sufficient`` (statistics and maximisation) and define the meaning.
+``core.natural_form`` computes the same in two matrix products a block, and is checked against them.
 
-Source: Dempster, Laird and Rubin 1977, sec. 4.3; Bishop, Pattern Recognition and Machine Learning, eq. 9.23-9.28 (EM)
-and 2.81-2.98 (conditionals and marginals).
+Source: Bishop, Pattern Recognition and Machine Learning, eq. 2.43 (density) and 2.81-2.98 (conditionals, marginals).
 """
 
 from __future__ import annotations
@@ -33,12 +32,9 @@ __all__ = [
     "Covariance",
     "Gaussians",
     "LostRank",
-    "Statistics",
     "covariance_shape",
     "log_density",
-    "maximise",
     "precisions_cholesky",
-    "statistics",
     "whiten",
 ]
 
@@ -61,64 +57,6 @@ class LostRank(ValueError):
             f"the covariance of component {component} is not positive definite: feature {feature} has no variance there "
             "that the other features do not already explain; raise the regularisation or use fewer components"
         )
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Sufficient statistics of weighted samples under responsibilities; those of two sets of samples add.
-
-    Attributes:
-        weight: sum of responsibilities, shape (C,).
-        first: sum of responsibility times sample, shape (C, F).
-        second: sum of responsibility times outer product, shaped as the kind's covariances: (C, F, F); summed over
-            components (F, F) for tied; squares (C, F) for diag; squared lengths (C,) for spherical.
-        log_likelihood: sum of weight times log density of the mixture, a scalar in nats.
-    All are float64, whatever the type of the samples.
-    """
-
-    weight: Tensor
-    first: Tensor
-    second: Tensor
-    log_likelihood: Tensor
-
-    def __add__(self, other: Statistics) -> Statistics:
-        return Statistics(*(a + b for a, b in zip(self._parts(), other._parts(), strict=True)))
-
-    def scaled(self, factor: float) -> Statistics:
-        """All sums times ``factor``: those of samples that weigh ``factor`` times as much."""
-        return Statistics(*(part * factor for part in self._parts()))
-
-    def mapped(self, scale: Tensor, shift: Tensor, covariance: Covariance) -> Statistics:
-        """The statistics of ``scale * x + shift``, feature by feature; both have shape (F,).
-
-        A spherical kind needs one scale for all features. The log likelihood stays that of the samples as they were.
-        """
-        moved = self.first * scale
-        if covariance == "full":
-            cross = moved.unsqueeze(-1) * shift
-            second = self.second * torch.outer(scale, scale) + cross + cross.mT
-            second = second + self.weight[:, None, None] * torch.outer(shift, shift)
-        elif covariance == "tied":
-            cross = torch.outer(moved.sum(0), shift)
-            second = self.second * torch.outer(scale, scale) + cross + cross.mT
-            second = second + self.weight.sum() * torch.outer(shift, shift)
-        elif covariance == "diag":
-            second = self.second * scale**2 + 2 * moved * shift + self.weight[:, None] * shift**2
-        else:
-            second = self.second * scale[0] ** 2 + 2 * moved @ shift + self.weight * shift.square().sum()
-        return Statistics(self.weight, moved + self.weight[:, None] * shift, second, self.log_likelihood)
-
-    def as_vector(self) -> Tensor:
-        """All numbers in one float64 vector, so that processes add them in one call."""
-        return torch.cat([part.reshape(-1) for part in self._parts()])
-
-    def from_vector(self, vector: Tensor) -> Statistics:
-        """Statistics of this one's shapes with the numbers of ``vector``."""
-        parts = torch.split(vector, [part.numel() for part in self._parts()])
-        return Statistics(*(new.reshape(old.shape) for new, old in zip(parts, self._parts(), strict=True)))
-
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weight, self.first, self.second, self.log_likelihood
 
 
 @dataclass(frozen=True)
@@ -287,6 +225,18 @@ class Gaussians:
         rest_CLL = (rest_CLL + rest_CLL.mT) / 2
         return Gaussians(weights_C, means_CL, rest_CLL, precisions_cholesky(rest_CLL, "full"), "full")
 
+    def pick(self, components: Sequence[int]) -> Gaussians:
+        """The mixture of some components alone, in that order, their weights summing to one again."""
+        picked = list(components)
+        shared = self.covariance == "tied"
+        return Gaussians(
+            self.weights[picked] / self.weights[picked].sum(),
+            self.means[picked],
+            self.covariances if shared else self.covariances[picked],
+            self.precisions_cholesky if shared else self.precisions_cholesky[picked],
+            self.covariance,
+        )
+
     def mapped(self, scale: Tensor, shift: Tensor) -> Gaussians:
         """The mixture of ``scale * x + shift``, feature by feature; both of shape (F,), scale > 0.
 
@@ -370,78 +320,6 @@ def whiten(
     inverse = precisions_cholesky[component]
     log_det = inverse.log().sum() if covariance == "diag" else x.shape[1] * inverse.log()
     return apart_NF * inverse, log_det
-
-
-def statistics(
-    x: Tensor,
-    responsibilities: Tensor,
-    covariance: Covariance,
-    *,
-    weights: Tensor | None = None,
-    log_likelihood: Tensor | None = None,
-) -> Statistics:
-    """Sufficient statistics of a block of samples.
-
-    Args:
-        x: shape (N, F).
-        responsibilities: shape (N, C).
-        covariance: the kind.
-        weights: of the samples, shape (N,), >= 0; one each by default.
-        log_likelihood: log density of each sample, shape (N,), where it is known.
-    """
-    x_NF, r_NC = x.double(), responsibilities.double()
-    if weights is not None:
-        r_NC = r_NC * weights.double()[:, None]
-    if covariance == "full":
-        second = torch.einsum("nc,ni,nj->cij", r_NC, x_NF, x_NF)
-    elif covariance == "tied":
-        second = x_NF.mT @ (r_NC.sum(1, keepdim=True) * x_NF)
-    else:
-        second = r_NC.mT @ x_NF.square()
-        second = second if covariance == "diag" else second.sum(1)
-    total = x_NF.new_zeros(())
-    if log_likelihood is not None:
-        known_N = log_likelihood.double()
-        total = known_N.sum() if weights is None else known_N @ weights.double()
-    return Statistics(r_NC.sum(0), r_NC.mT @ x_NF, second, total)
-
-
-def maximise(found: Statistics, covariance: Covariance, floor: Tensor | float = 0.0) -> Gaussians:
-    """The mixture that explains the statistics best, with ``floor`` added to every variance.
-
-    Args:
-        found: statistics with every component's weight above 0.
-        covariance: the kind.
-        floor: variance, scalar or shape (F,), >= 0; spherical adds its mean.
-    Raises:
-        ValueError: a component without weight.
-        LostRank: a covariance that is not positive definite.
-    Source:
-        Bishop, eq. 9.24-9.26. A variance that rounding made negative counts as zero before the floor is added.
-    """
-    if not bool((found.weight > 0).all()):
-        raise ValueError(f"component {int((~(found.weight > 0)).nonzero()[0])} has no weight, so it has no mean")
-    total = found.weight.sum()
-    means_CF = found.first / found.weight[:, None]
-    n_features = means_CF.shape[1]
-    floor_F = torch.as_tensor(floor, dtype=means_CF.dtype, device=means_CF.device).expand(n_features)
-    if covariance == "full":
-        sigma = found.second / found.weight[:, None, None] - means_CF[:, :, None] * means_CF[:, None, :]
-        sigma = _raise_diagonal(sigma, floor_F)
-    elif covariance == "tied":
-        sigma = (found.second - means_CF.mT @ (found.weight[:, None] * means_CF)) / total
-        sigma = _raise_diagonal(sigma, floor_F)
-    elif covariance == "diag":
-        sigma = (found.second / found.weight[:, None] - means_CF.square()).clamp(min=0) + floor_F
-    else:
-        sigma = found.second / found.weight - means_CF.square().sum(1)
-        sigma = (sigma / n_features).clamp(min=0) + floor_F.mean()
-    return Gaussians(found.weight / total, means_CF, sigma, precisions_cholesky(sigma, covariance), covariance)
-
-
-def _raise_diagonal(sigma: Tensor, floor_F: Tensor) -> Tensor:
-    diagonal = sigma.diagonal(dim1=-2, dim2=-1)
-    return sigma + torch.diag_embed(diagonal.clamp(min=0) - diagonal + floor_F)
 
 
 def _weakest_feature(sigma_FF: Tensor) -> int:

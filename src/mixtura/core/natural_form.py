@@ -7,7 +7,8 @@ arithmetic of C triangular solves, and two large products run at a machine's ful
 
 The form squares samples before it subtracts, so it cancels where a component is narrow and far from the origin. Against
 that: samples are centred and scaled first, in float64; sums are float64; and a component whose terms are too large for
-the type (:func:`too_narrow`) leaves the product and is computed by Cholesky factor around its own mean.
+the type (:func:`too_narrow`) leaves the product and is computed by Cholesky factor around its own mean. So are all where
+few components would share the products.
 
 Shapes: C components, F features, B samples of a block, P = 1 + F + F (F + 1) / 2 natural statistics (full).
 Source: Wainwright and Jordan 2008, Graphical Models, Exponential Families, ex. 3.3 (the Gaussian in natural form).
@@ -20,13 +21,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians, Statistics
+from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians
+from mixtura.core.sufficient import Statistics
 
 __all__ = ["Frame", "Pass", "block_rows", "too_narrow"]
 
 BLOCK_BYTES = 2 << 20  # Phi and R of one block: about what a core's own cache holds
 ACCELERATOR_ROWS = 1 << 16
-MAX_PRODUCT_FEATURES = 128  # beyond, Phi has over 8000 rows and one triangular solve a component is as quick
+MAX_PRODUCT_FEATURES = 128  # beyond, Phi has over 8000 rows
+# Forming the products costs memory traffic that many components share; measured on a core with AVX2, one factor a
+# component is quicker below about this many components a feature. Up to 16 features the products always win.
+FEW_COMPONENTS, FEW_FEATURES = 0.3, 16
 # Largest rounding error of a log density that the product form may make: of the order of what is tested against SciPy in
 # float64, and far below what moves a responsibility in float32.
 ALLOWED_ERROR = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -74,8 +79,11 @@ def block_rows(n_features: int, n_components: int, covariance: Covariance, dtype
     """Samples a block: as many as keep the block's arrays in a core's cache; more on an accelerator."""
     if torch.device(device).type != "cpu":
         return ACCELERATOR_ROWS
-    rows = BLOCK_BYTES // (dtype.itemsize * (_n_products(n_features, covariance) + n_components))
-    return max(256, min(4096, rows // 128 * 128))
+    products = (
+        1 + n_features if _by_factor(n_features, n_components, covariance) else _n_products(n_features, covariance)
+    )
+    rows = BLOCK_BYTES // (dtype.itemsize * (products + n_components))
+    return max(512, min(4096, rows // 128 * 128))
 
 
 def too_narrow(gaussians: Gaussians, dtype: torch.dtype) -> Tensor:
@@ -136,17 +144,20 @@ class Pass:
         self._frame = Frame(frame.centre.to(device), frame.scale.to(device))
         log_det = frame.scale.log().sum()
         narrow_C = too_narrow(gaussians, dtype)
-        if self.covariance == "full" and self.n_features > MAX_PRODUCT_FEATURES:
+        if _by_factor(self.n_features, self.n_components, self.covariance):
             narrow_C = torch.ones_like(narrow_C)
         self._apart = narrow_C.nonzero()[:, 0].tolist()
         self._together = len(self._apart) < self.n_components
         self._theta_CP = natural_parameters(gaussians, log_det).to(device=device, dtype=dtype)
         self._theta_CP[narrow_C.to(device)] = 0.0  # what does not fit the type must not spread from there
         self._inside = gaussians.to(device=device, dtype=dtype)
-        self._shift_C = (gaussians.log_weights - log_det - 0.5 * self.n_features * LOG_2PI).tolist()
+        self._shift_C = (
+            gaussians.log_weights + _half_log_det(gaussians) - log_det - 0.5 * self.n_features * LOG_2PI
+        ).tolist()
         self._n_products = _n_products(self.n_features, self.covariance) if self._together else 1 + self.n_features
         self._phi_PB = torch.empty(0, 0, dtype=dtype, device=device)
         self._joint_CB = torch.empty(0, 0, dtype=dtype, device=device)
+        self._work_FB = [torch.empty(0, 0, dtype=dtype, device=device) for _ in range(2)]
         shape = (self.n_components, self._n_products)
         self._sums_CP = torch.zeros(shape, dtype=torch.float64, device=device)
         f = self.n_features
@@ -211,6 +222,8 @@ class Pass:
             self._phi_PB = self._phi_PB.new_empty(self._n_products, n)
             self._phi_PB[0] = 1.0
             self._joint_CB = self._joint_CB.new_empty(self.n_components, n)
+            if self._apart:
+                self._work_FB = [self._phi_PB.new_empty(f, n) for _ in range(2)]
         z_FB = self._phi_PB[1 : 1 + f, :n]
         self._frame.into(x, z_FB)
         rest_PB = self._phi_PB[1 + f :, :n]
@@ -234,16 +247,15 @@ class Pass:
             torch.mm(self._theta_CP, self._phi_PB[:, :n], out=joint_CB)
             if self.covariance == "tied":
                 joint_CB.sub_(torch.mm(upper.mT, z_FB).square_().sum(0).mul_(0.5))
+        # Two buffers for all components: fresh memory for each would cost as much as the arithmetic on it.
+        apart_FB, y_FB = self._work_FB[0][:, :n], self._work_FB[1][:, :n]
         for c in self._apart:
-            apart_FB = z_FB - self._inside.means[c][:, None]
+            torch.sub(z_FB, self._inside.means[c][:, None], out=apart_FB)
             if self.covariance in ("full", "tied"):
-                one_FF = upper[c] if self.covariance == "full" else upper
-                y_FB, log_det = one_FF.mT @ apart_FB, one_FF.diagonal().double().log().sum()
-            elif self.covariance == "diag":
-                y_FB, log_det = apart_FB * upper[c][:, None], upper[c].double().log().sum()
+                torch.mm((upper[c] if self.covariance == "full" else upper).mT, apart_FB, out=y_FB)
             else:
-                y_FB, log_det = apart_FB * upper[c], self.n_features * upper[c].double().log()
-            torch.mul(y_FB.square_().sum(0), -0.5, out=joint_CB[c]).add_(self._shift_C[c] + float(log_det))
+                torch.mul(apart_FB, upper[c][:, None] if self.covariance == "diag" else upper[c], out=y_FB)
+            torch.sum(y_FB.square_(), 0, out=joint_CB[c]).mul_(-0.5).add_(self._shift_C[c])
 
     def _sum(self, z_FB: Tensor, r_CB: Tensor) -> None:
         self._sums_CP += r_CB @ self._phi_PB[: self._n_products, : z_FB.shape[1]].mT
@@ -253,11 +265,13 @@ class Pass:
             if self._apart:
                 self._first_AF += r_CB.double() @ wide_FB.mT - r_CB.double().sum(1, keepdim=True) * self._inside.means
             return
+        n = z_FB.shape[1]
+        apart_FB, scaled_FB = self._work_FB[0][:, :n], self._work_FB[1][:, :n]
         for a, c in enumerate(self._apart):
-            apart_FB = z_FB - self._inside.means[c][:, None]
+            torch.sub(z_FB, self._inside.means[c][:, None], out=apart_FB)
             self._first_AF[a] += apart_FB @ r_CB[c]
             if self.covariance == "full":
-                self._second_A[a] += (apart_FB * r_CB[c]) @ apart_FB.mT
+                self._second_A[a] += torch.mul(apart_FB, r_CB[c], out=scaled_FB) @ apart_FB.mT
             else:
                 square_F = apart_FB.square_() @ r_CB[c]
                 self._second_A[a] += square_F if self.covariance == "diag" else square_F.sum()
@@ -290,12 +304,13 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     if gaussians.covariance in ("full", "tied"):
         pulled_CF = (gaussians.means.unsqueeze(-2) @ upper).squeeze(-2)
         linear_CF = (pulled_CF.unsqueeze(-2) @ upper.mT).squeeze(-2)
-        half_log_det = upper.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
         inverse = upper if gaussians.covariance == "diag" else upper[:, None].expand_as(gaussians.means)
-        pulled_CF, half_log_det = gaussians.means * inverse, inverse.log().sum(-1)
+        pulled_CF = gaussians.means * inverse
         linear_CF = pulled_CF * inverse
-    constant_C = gaussians.log_weights + half_log_det - 0.5 * (f * LOG_2PI + pulled_CF.square().sum(-1)) - log_det
+    constant_C = (
+        gaussians.log_weights + _half_log_det(gaussians) - 0.5 * (f * LOG_2PI + pulled_CF.square().sum(-1)) - log_det
+    )
     parts = [constant_C[:, None], linear_CF]
     if gaussians.covariance == "full":
         rows, columns = torch.triu_indices(f, f)
@@ -306,6 +321,20 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     elif gaussians.covariance == "spherical":
         parts.append(-0.5 * upper.square()[:, None])
     return torch.cat(parts, 1)
+
+
+def _half_log_det(gaussians: Gaussians) -> Tensor:
+    """log det of U, half that of the inverse covariance, shape (C,), or a scalar for tied."""
+    upper = gaussians.precisions_cholesky
+    if gaussians.covariance in ("full", "tied"):
+        return upper.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return upper.log().sum(-1) if gaussians.covariance == "diag" else gaussians.n_features * upper.log()
+
+
+def _by_factor(n_features: int, n_components: int, covariance: Covariance) -> bool:
+    """Whether every component goes by its own Cholesky factor, because that is quicker."""
+    few = n_features > FEW_FEATURES and n_components < FEW_COMPONENTS * n_features
+    return covariance == "full" and (few or n_features > MAX_PRODUCT_FEATURES)
 
 
 def _n_products(n_features: int, covariance: Covariance) -> int:

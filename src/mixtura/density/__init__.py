@@ -14,7 +14,11 @@ __all__ = [
     "GaussianMixture",
     "NoiseContrastive",
     "kmeans_plus_plus",
+    "lloyd",
+    "merge_components",
     "ood_score",
+    "select_components",
+    "split_component",
 ]
 
 NAMES: dict[str, str] = {
@@ -23,6 +27,10 @@ NAMES: dict[str, str] = {
     "GaussianMixture": "mixtura.density.mixture",
     "NoiseContrastive": "mixtura.density.unnormalized",
     "kmeans_plus_plus": "mixtura.density.starts",
+    "lloyd": "mixtura.density.starts",
+    "merge_components": "mixtura.density.split_and_merge",
+    "select_components": "mixtura.density.selection",
+    "split_component": "mixtura.density.split_and_merge",
     "ood_score": "mixtura.density.energy_model",
 }
 

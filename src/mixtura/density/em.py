@@ -17,14 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import Covariance, Gaussians, LostRank, Statistics, maximise
+from mixtura.core.gaussian import Covariance, Gaussians, LostRank
 from mixtura.core.natural_form import Frame, Pass
 from mixtura.core.progress import bar
+from mixtura.core.sufficient import Statistics, maximise
 from mixtura.density.missing import GapPass
 from mixtura.density.processes import ALONE, Processes
 from mixtura.density.sources import Source
 
-__all__ = ["Collapsed", "Fit", "Samples", "Sweep", "assess", "expect", "fit_em", "improve"]
+__all__ = ["Collapsed", "Fit", "Samples", "Sweep", "assess", "expect", "fit_em", "improve", "lost_rank"]
 
 log = logging.getLogger(__name__)
 
@@ -262,7 +263,7 @@ def improve(
             spent = n_before + reseeded >= gaussians.n_components
             # Where a floor did not hold it, or all components share it, another seed will not.
             if spent or gaussians.n_components == 1 or samples.covariance == "tied" or bool(samples.floor.any()):
-                raise Collapsed(_lost_rank(error, names)) from error
+                raise Collapsed(lost_rank(error, names)) from error
             weak = [error.component]
 
 
@@ -339,7 +340,8 @@ def _pooled(found: Statistics, weak: Sequence[int], covariance: Covariance) -> T
     return torch.eye(f, dtype=torch.float64) * (found.second[strong].sum() - squares.sum()) / (total * f)
 
 
-def _lost_rank(error: LostRank, names: Sequence[str] | None) -> str:
+def lost_rank(error: LostRank, names: Sequence[str] | None) -> str:
+    """What to tell a person whose samples leave a covariance without rank, with the column by its name."""
     column = f"column {names[error.feature]!r}" if names is not None else f"column {error.feature}"
     return (
         f"the covariance of component {error.component} lost its rank: {column} has no variance there that the other columns "

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mixtura.core.gaussian import Covariance
+from mixtura.core.gaussian import COVARIANCES, Covariance
 from mixtura.core.natural_form import block_rows
 from mixtura.data.tables import text_problem
 from mixtura.density.em import Samples
@@ -20,9 +20,26 @@ from mixtura.density.labels import Classes, as_labels, map_classes
 from mixtura.density.processes import Processes
 from mixtura.density.sources import Arrays, Source, Summary, merge, open_source, scan
 
-__all__ = ["Given", "as_source", "as_weights", "device_of", "dtype_of", "prepare", "subsample"]
+__all__ = [
+    "Drawn",
+    "Given",
+    "as_source",
+    "as_weights",
+    "check_parameters",
+    "device_of",
+    "dtype_of",
+    "prepare",
+    "subsample",
+]
 
 log = logging.getLogger(__name__)
+
+CHOICES = {
+    "covariance": COVARIANCES,
+    "init": ("k-means++", "random"),
+    "missing": ("error", "expect"),
+    "reg_unit": ("variance", "absolute"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,39 @@ class Given:
     y: np.ndarray | None
     first: int
     names: list[str] | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some of the samples of all processes.
+
+    Attributes:
+        z: in the coordinates of the frame, shape (M, F).
+        classes: rows of the table of classes, -1 where unlabelled, shape (M,).
+        weights: shape (M,), or None for one each.
+    """
+
+    z: np.ndarray
+    classes: np.ndarray
+    weights: np.ndarray | None
+
+
+def check_parameters(estimator: Any) -> None:
+    """Raise a ValueError that names the first parameter of a mixture that is out of its range."""
+    for name, least in (("n_components", 1), ("n_init", 1), ("max_iter", 0)):
+        value = getattr(estimator, name)
+        if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
+    for name in ("tol", "reg"):
+        value = getattr(estimator, name)
+        if not isinstance(value, (int, float, np.number)) or not 0 <= value < np.inf:
+            raise ValueError(f"{name} must be a number >= 0, got {value!r}")
+    for name, known in CHOICES.items():
+        if getattr(estimator, name) not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {getattr(estimator, name)!r}")
+    rows = estimator.block_size
+    if rows != "auto" and not (isinstance(rows, (int, np.integer)) and rows >= 1):
+        raise ValueError(f"block_size must be 'auto' or a whole number >= 1, got {rows!r}")
 
 
 def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> Source:
@@ -71,7 +121,6 @@ def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> S
             dtype="numeric",
             ensure_all_finite=False,
             ensure_min_samples=min_samples,
-            skip_check_array=False,
         )
         names = getattr(estimator, "feature_names_in_", None)
         return Arrays(array, None if names is None else list(names))
@@ -224,16 +273,10 @@ def prepare(estimator: Any, X: Any, y: Any, sample_weight: Any, processes: Proce
     return Given(samples, everywhere, classes, y_all if classes is not None else None, first, source.names)
 
 
-def subsample(
-    given: Given, n: int, random_state: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Samples to start from, the same whatever the number of processes and batches.
+def subsample(given: Given, n: int, random_state: np.random.RandomState) -> Drawn:
+    """At most n samples to start from, the same whatever the number of processes and batches.
 
-    Up to half of them are labelled ones, so that small classes are there; samples with gaps have their gaps at the mean.
-
-    Returns:
-        Samples in the frame's coordinates, shape (M, F); their classes as rows of the table, -1 where unlabelled, shape
-        (M,); their weights, or None.
+    Up to half of them are labelled ones, so that small classes are there; gaps are filled with the mean.
     """
     samples, total = given.samples, given.summary.n
     chosen_N = np.zeros(total, dtype=bool)
@@ -264,7 +307,7 @@ def subsample(
     if samples.weights is not None:
         mine = chosen_N[given.first : given.first + own]
         weights = torch.cat(samples.processes.gather(samples.weights[torch.from_numpy(mine)])).numpy()
-    return z_MF, classes_M, weights
+    return Drawn(z_MF, classes_M, weights)
 
 
 def _exchange(summary: Summary | None, processes: Processes) -> tuple[Summary, int]:

@@ -66,7 +66,7 @@ def as_labels(y: Any) -> np.ndarray:
             found = np.asarray(found, dtype=np.float64)
         except (TypeError, ValueError):
             raise ValueError(
-                f"y must hold whole numbers, -1 for unlabelled, got {found[0]!r}; number the classes first "
+                f"y must hold whole numbers, -1 for unlabelled, got {str(found[0])!r}; number the classes first "
                 "(pandas.factorize does)"
             ) from None
     if found.dtype.kind == "f":

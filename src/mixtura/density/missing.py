@@ -14,8 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians, Statistics
+from mixtura.core.gaussian import LOG_2PI, Covariance, Gaussians
 from mixtura.core.natural_form import Frame
+from mixtura.core.sufficient import Statistics
 
 __all__ = ["GapPass", "second_of"]
 

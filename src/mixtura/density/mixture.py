@@ -22,12 +22,12 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from mixtura.core.gaussian import COVARIANCES, Gaussians
+from mixtura.core.gaussian import Gaussians
 from mixtura.core.keeping import Keeping
 from mixtura.core.natural_form import Frame, block_rows
 from mixtura.density.criteria import criteria
 from mixtura.density.em import Fit, Samples, Sweep, fit_em
-from mixtura.density.inputs import Given, as_source, device_of, dtype_of, prepare
+from mixtura.density.inputs import Given, as_source, check_parameters, device_of, dtype_of, prepare
 from mixtura.density.labels import Classes, as_labels
 from mixtura.density.processes import join
 from mixtura.density.sources import Checked, merge
@@ -35,10 +35,6 @@ from mixtura.density.starts import start_mixture
 from mixtura.density.stream import Stream, begin, implied_statistics, proceed
 
 __all__ = ["GaussianMixture"]
-
-INITS = ("k-means++", "random")
-MISSING = ("error", "expect")
-REG_UNITS = ("variance", "absolute")
 
 
 class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
@@ -108,7 +104,8 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
     Notes
     -----
     A step takes N C F (F + 3) multiplications for "full" (half of what C triangular solves take), about 4 N C F for
-    "diag" and "spherical", 4 N C F + 2 N F^2 for "tied". Memory beyond the samples: about 8 MB, and C F^2 numbers.
+    "diag" and "spherical", 4 N C F + 2 N F^2 for "tied". Memory beyond the samples: about 10 MB, C F^2 numbers, and
+    8 bytes a sample for ``labels_``.
 
     EM finds the nearest local maximum; ``n_init`` and :func:`select_components` try several.
 
@@ -187,15 +184,16 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         ConvergenceWarning
             The steps ran out; with the last change and what to try.
         """
-        self._check_parameters()
-        rng = check_random_state(self.random_state)
-        given = prepare(self, X, y, sample_weight, join(self.distributed))  # type: ignore[arg-type]
+        check_parameters(self)
+        processes = join(self.distributed)  # type: ignore[arg-type]
+        rng = processes.chance(self.random_state)
+        given = prepare(self, X, y, sample_weight, processes)
         fixed = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         best: Fit | None = None
         for _ in range(1 if fixed else self.n_init):
             found = fit_em(
                 given.samples,
-                self._start(given, rng),
+                start_mixture(given, self, rng),
                 tol=self.tol,
                 max_iter=self.max_iter,
                 names=given.names,
@@ -222,13 +220,13 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
             One batch.
         y, sample_weight : as in ``fit``; labels must be of the classes of the first batch.
         """
-        self._check_parameters()
+        check_parameters(self)
         rng = check_random_state(self.random_state)
         known = hasattr(self, "weights_")
         stream: Stream | None = getattr(self, "stream_", None)
         if not known:
             given = prepare(self, X, y, sample_weight, join(False))
-            stream, gaussians = begin(given.samples, self._start(given, rng), given.summary)
+            stream, gaussians = begin(given.samples, start_mixture(given, self, rng), given.summary)
         else:
             given = self._another(X, y, sample_weight)
             if stream is None:
@@ -362,35 +360,6 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         if self.block_size != "auto":
             return int(self.block_size)
         return block_rows(gaussians.n_features, gaussians.n_components, gaussians.covariance, dtype, device)
-
-    def _check_parameters(self) -> None:
-        for name, least in (("n_components", 1), ("n_init", 1), ("max_iter", 0)):
-            value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
-        for name in ("tol", "reg"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float, np.number)) or not 0 <= value < np.inf:
-                raise ValueError(f"{name} must be a number >= 0, got {value!r}")
-        choices = (("covariance", COVARIANCES), ("init", INITS), ("missing", MISSING), ("reg_unit", REG_UNITS))
-        for name, known in choices:
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
-        whole = isinstance(self.block_size, (int, np.integer)) and self.block_size >= 1
-        if self.block_size != "auto" and not whole:
-            raise ValueError(f"block_size must be 'auto' or a whole number >= 1, got {self.block_size!r}")
-
-    def _start(self, given: Given, rng: np.random.RandomState) -> Gaussians:
-        """The first mixture, in the coordinates of the frame."""
-        return start_mixture(
-            given,
-            self.n_components,
-            self.init,
-            means_init=self.means_init,
-            weights_init=self.weights_init,
-            precisions_init=self.precisions_init,
-            random_state=rng,
-        )
 
     def _another(self, X: Any, y: Any, sample_weight: Any) -> Given:
         """One more batch of a stream, checked against the batches before."""

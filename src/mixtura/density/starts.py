@@ -16,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mixtura.core.gaussian import Covariance, Gaussians, covariance_shape, statistics
+from mixtura.core.gaussian import Covariance, Gaussians, LostRank, covariance_shape
+from mixtura.core.sufficient import statistics
+from mixtura.density.em import Collapsed, lost_rank
 from mixtura.density.inputs import Given, subsample
 
 __all__ = ["initial_mixture", "kmeans_plus_plus", "lloyd", "start_means", "start_mixture"]
@@ -219,27 +221,20 @@ def initial_mixture(
     return Gaussians.build(weight_C / weight_C.sum(), centres_CF + apart_CF, sigma, covariance)
 
 
-def start_mixture(
-    given: Given,
-    n_components: int,
-    init: str,
-    *,
-    means_init: Any = None,
-    weights_init: Any = None,
-    precisions_init: Any = None,
-    random_state: np.random.RandomState,
-) -> Gaussians:
+def start_mixture(given: Given, estimator: Any, random_state: np.random.RandomState) -> Gaussians:
     """The mixture that EM starts from, in the coordinates of the frame.
 
     Args:
         given: checked input.
-        n_components: C.
-        init: how means are found where they are not given.
-        means_init, weights_init, precisions_init: given parts, in the units of the samples.
+        estimator: with the number of components, how means are found (``init``), and the parts of a start that are given.
         random_state: source of chance.
     Raises:
         ValueError: a given part of another shape, not finite, or precisions that are not positive definite.
+        Collapsed: samples that leave a covariance without rank, where no floor holds it.
     """
+    n_components, init = estimator.n_components, estimator.init
+    means_init, weights_init = estimator.means_init, estimator.weights_init
+    precisions_init = estimator.precisions_init
     frame, covariance = given.samples.frame, given.samples.covariance
     f = len(frame.centre)
     means_CF = None
@@ -255,7 +250,8 @@ def start_mixture(
     if means_CF is not None and weights_init is not None and precisions_init is not None:
         return Gaussians.build(weights_C, torch.from_numpy(means_CF), sigma, covariance)
     n = max(START_SAMPLES, START_SAMPLES_EACH * n_components)
-    z_MF, class_M, w_M = subsample(given, n, random_state)
+    drawn = subsample(given, n, random_state)
+    z_MF, class_M, w_M = drawn.z, drawn.classes, drawn.weights
     components = dict(enumerate(given.classes.components)) if given.classes is not None else {}
     allowed_MC = None
     if given.classes is not None:
@@ -274,7 +270,10 @@ def start_mixture(
         means_CF, group_M = lloyd(z_MF, means_CF, steps=steps, allowed=allowed_MC, sample_weight=w_M)
     else:
         _, group_M = lloyd(z_MF, means_CF, steps=0, allowed=allowed_MC, sample_weight=w_M)
-    found = initial_mixture(z_MF, group_M, means_CF, covariance, floor=given.samples.floor, sample_weight=w_M)
+    try:
+        found = initial_mixture(z_MF, group_M, means_CF, covariance, floor=given.samples.floor, sample_weight=w_M)
+    except LostRank as error:
+        raise Collapsed(lost_rank(error, given.names)) from error
     return Gaussians.build(
         weights_C if weights_init is not None else found.weights,
         torch.from_numpy(means_CF) if means_init is not None or init == "random" else found.means,

@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from mixtura.core.gaussian import Gaussians, Statistics
+from mixtura.core.gaussian import Gaussians
 from mixtura.core.natural_form import Frame
+from mixtura.core.sufficient import Statistics
 from mixtura.density.em import Samples, expect, improve
 from mixtura.density.missing import second_of
 from mixtura.density.sources import Summary
