@@ -29,9 +29,9 @@ NAMES: dict[str, str] = {
     "kmeans_plus_plus": "mixtura.density.starts",
     "lloyd": "mixtura.density.starts",
     "merge_components": "mixtura.density.split_and_merge",
+    "ood_score": "mixtura.density.energy_model",
     "select_components": "mixtura.density.selection",
     "split_component": "mixtura.density.split_and_merge",
-    "ood_score": "mixtura.density.energy_model",
 }
 
 __getattr__ = lazy_names(__name__, NAMES)
