@@ -223,6 +223,13 @@ def test_bad_input_says_what_is_wrong(how, X, error, message: str):
         small(**how).fit(gaussian_data(30, 2) + 9 if X is None else X)
 
 
+def test_a_fit_among_several_processes_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"fits in one process, but torch\.distributed runs several"):
+        small().fit(gaussian_data(30, 2))
+
+
 def test_draws_need_a_positive_number(fitted):
     with pytest.raises(ValueError, match="n_samples must be >= 1, got 0"):
         fitted[0].sample(0)

@@ -120,6 +120,14 @@ def test_outside_a_box_the_density_is_zero_and_the_row_is_named():
     assert bounded.log_prob(torch.tensor([[0.5, 0.5], [0.5, 2.0]])).tolist() == [0.0, -math.inf]
 
 
+def test_draws_from_a_box_stay_inside_when_they_are_rounded():
+    # 0.1 is no float32: the nearest lies above it, and so do the draws just below.
+    law = UniformNoise(torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.1, dtype=torch.float64))
+    edge = torch.tensor([[0.1 - 1e-12]], dtype=torch.float64)
+    assert float(edge.float().double()) > 0.1
+    assert torch.equal(law.log_prob(edge.float()), law.log_prob(edge))
+
+
 class Sampler:
     def sample(self, n: int) -> Tensor:
         return torch.zeros(n, 2)

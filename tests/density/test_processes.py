@@ -43,6 +43,7 @@ keep("gaps", GaussianMixture(3, missing="expect", random_state=0).fit(np.where(e
 far = np.vstack([X.mean(0), X[0], X[0] + 1e6])
 unit = np.stack([np.eye(3)] * 3)
 keep("reseeded", GaussianMixture(3, means_init=far, weights_init=np.full(3, 1 / 3), precisions_init=unit).fit(X[mine]))
+found["unseeded"] = GaussianMixture(3, init="random", max_iter=2).fit(X[mine]).means_
 model, curve = select_components(X[mine], range(1, 5), random_state=0)
 found["curve"] = curve.bic
 
@@ -118,6 +119,11 @@ def test_every_rank_has_the_model_of_one_process(run):
             np.testing.assert_allclose(found[f"{name} bounds"], want.lower_bounds_, rtol=1e-10)
             np.testing.assert_array_equal(found[f"{name} labels"], want.labels_[cuts[r] : cuts[r + 1]])
         assert all((found[f"{name} means"] == ranks[0][f"{name} means"]).all() for found in ranks)
+
+
+def test_ranks_without_a_seed_start_from_the_same_samples(run):
+    _, _, ranks = run
+    assert all((found["unseeded"] == ranks[0]["unseeded"]).all() for found in ranks)
 
 
 def test_every_rank_chooses_by_the_same_curve(run):

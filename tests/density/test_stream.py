@@ -6,6 +6,7 @@ import torch
 from test_mixture import blobs
 
 from mixtura.core.gaussian import COVARIANCES
+from mixtura.core.sufficient import maximise, statistics
 from mixtura.density import GaussianMixture
 from mixtura.density.stream import implied_statistics
 
@@ -24,6 +25,27 @@ def test_a_stream_comes_near_the_fit(covariance):
     X, _ = blobs(6000, apart=5.0)
     whole = GaussianMixture(3, covariance=covariance, random_state=0).fit(X)
     assert stream(X, covariance=covariance).score(X) > whole.score(X) - 0.05
+
+
+@each_kind
+def test_batches_that_wander_give_what_the_formula_gives_in_plain_coordinates(covariance):
+    # The frame moves with every batch here; the formula below knows no frame.
+    rng = np.random.default_rng(0)
+    batches = [blobs(150)[0] * (1 + i) + 20.0 * i * rng.normal(size=3) for i in range(5)]
+    model = GaussianMixture(3, covariance=covariance, random_state=0, reg=1e-3).partial_fit(batches[0])
+    kept, mixture = model.stream_, model.gaussians_
+    mean = kept.statistics.mapped(kept.frame.scale, kept.frame.centre, covariance)
+    for t, batch in enumerate(batches[1:], start=1):
+        x, step = torch.from_numpy(batch), (t + 2) ** -0.6
+        found = statistics(x, mixture.responsibilities(x), covariance)
+        mean = mean.scaled(1 - step) + found.scaled(step / len(x))
+        seen = np.concatenate(batches[: t + 1])
+        floor = seen.var(0) if covariance != "spherical" else np.full(3, seen.var(0).mean())
+        mixture = maximise(mean, covariance, torch.from_numpy(1e-3 * floor))
+        model.partial_fit(batch)
+        # Plain coordinates cancel: 1e-6 is what squares of a thousand leave.
+        np.testing.assert_allclose(model.means_, mixture.means, rtol=1e-6, atol=1e-6)
+        np.testing.assert_allclose(model.covariances_, mixture.covariances, rtol=1e-6, atol=1e-5)
 
 
 @each_kind

@@ -151,10 +151,13 @@ class Pass:
         self._theta_CP = natural_parameters(gaussians, log_det).to(device=device, dtype=dtype)
         self._theta_CP[narrow_C.to(device)] = 0.0  # what does not fit the type must not spread from there
         self._inside = gaussians.to(device=device, dtype=dtype)
-        self._shift_C = (gaussians.log_weights - log_det - 0.5 * self.n_features * LOG_2PI).tolist()
+        self._shift_C = (
+            gaussians.log_weights + _half_log_det(gaussians) - log_det - 0.5 * self.n_features * LOG_2PI
+        ).tolist()
         self._n_products = _n_products(self.n_features, self.covariance) if self._together else 1 + self.n_features
         self._phi_PB = torch.empty(0, 0, dtype=dtype, device=device)
         self._joint_CB = torch.empty(0, 0, dtype=dtype, device=device)
+        self._work_FB = [torch.empty(0, 0, dtype=dtype, device=device) for _ in range(2)]
         shape = (self.n_components, self._n_products)
         self._sums_CP = torch.zeros(shape, dtype=torch.float64, device=device)
         f = self.n_features
@@ -219,6 +222,8 @@ class Pass:
             self._phi_PB = self._phi_PB.new_empty(self._n_products, n)
             self._phi_PB[0] = 1.0
             self._joint_CB = self._joint_CB.new_empty(self.n_components, n)
+            if self._apart:
+                self._work_FB = [self._phi_PB.new_empty(f, n) for _ in range(2)]
         z_FB = self._phi_PB[1 : 1 + f, :n]
         self._frame.into(x, z_FB)
         rest_PB = self._phi_PB[1 + f :, :n]
@@ -242,16 +247,15 @@ class Pass:
             torch.mm(self._theta_CP, self._phi_PB[:, :n], out=joint_CB)
             if self.covariance == "tied":
                 joint_CB.sub_(torch.mm(upper.mT, z_FB).square_().sum(0).mul_(0.5))
+        # Two buffers for all components: fresh memory for each would cost as much as the arithmetic on it.
+        apart_FB, y_FB = self._work_FB[0][:, :n], self._work_FB[1][:, :n]
         for c in self._apart:
-            apart_FB = z_FB - self._inside.means[c][:, None]
+            torch.sub(z_FB, self._inside.means[c][:, None], out=apart_FB)
             if self.covariance in ("full", "tied"):
-                one_FF = upper[c] if self.covariance == "full" else upper
-                y_FB, log_det = one_FF.mT @ apart_FB, one_FF.diagonal().double().log().sum()
-            elif self.covariance == "diag":
-                y_FB, log_det = apart_FB * upper[c][:, None], upper[c].double().log().sum()
+                torch.mm((upper[c] if self.covariance == "full" else upper).mT, apart_FB, out=y_FB)
             else:
-                y_FB, log_det = apart_FB * upper[c], self.n_features * upper[c].double().log()
-            torch.mul(y_FB.square_().sum(0), -0.5, out=joint_CB[c]).add_(self._shift_C[c] + float(log_det))
+                torch.mul(apart_FB, upper[c][:, None] if self.covariance == "diag" else upper[c], out=y_FB)
+            torch.sum(y_FB.square_(), 0, out=joint_CB[c]).mul_(-0.5).add_(self._shift_C[c])
 
     def _sum(self, z_FB: Tensor, r_CB: Tensor) -> None:
         self._sums_CP += r_CB @ self._phi_PB[: self._n_products, : z_FB.shape[1]].mT
@@ -261,11 +265,13 @@ class Pass:
             if self._apart:
                 self._first_AF += r_CB.double() @ wide_FB.mT - r_CB.double().sum(1, keepdim=True) * self._inside.means
             return
+        n = z_FB.shape[1]
+        apart_FB, scaled_FB = self._work_FB[0][:, :n], self._work_FB[1][:, :n]
         for a, c in enumerate(self._apart):
-            apart_FB = z_FB - self._inside.means[c][:, None]
+            torch.sub(z_FB, self._inside.means[c][:, None], out=apart_FB)
             self._first_AF[a] += apart_FB @ r_CB[c]
             if self.covariance == "full":
-                self._second_A[a] += (apart_FB * r_CB[c]) @ apart_FB.mT
+                self._second_A[a] += torch.mul(apart_FB, r_CB[c], out=scaled_FB) @ apart_FB.mT
             else:
                 square_F = apart_FB.square_() @ r_CB[c]
                 self._second_A[a] += square_F if self.covariance == "diag" else square_F.sum()
@@ -298,12 +304,13 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     if gaussians.covariance in ("full", "tied"):
         pulled_CF = (gaussians.means.unsqueeze(-2) @ upper).squeeze(-2)
         linear_CF = (pulled_CF.unsqueeze(-2) @ upper.mT).squeeze(-2)
-        half_log_det = upper.diagonal(dim1=-2, dim2=-1).log().sum(-1)
     else:
         inverse = upper if gaussians.covariance == "diag" else upper[:, None].expand_as(gaussians.means)
-        pulled_CF, half_log_det = gaussians.means * inverse, inverse.log().sum(-1)
+        pulled_CF = gaussians.means * inverse
         linear_CF = pulled_CF * inverse
-    constant_C = gaussians.log_weights + half_log_det - 0.5 * (f * LOG_2PI + pulled_CF.square().sum(-1)) - log_det
+    constant_C = (
+        gaussians.log_weights + _half_log_det(gaussians) - 0.5 * (f * LOG_2PI + pulled_CF.square().sum(-1)) - log_det
+    )
     parts = [constant_C[:, None], linear_CF]
     if gaussians.covariance == "full":
         rows, columns = torch.triu_indices(f, f)
@@ -314,6 +321,14 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     elif gaussians.covariance == "spherical":
         parts.append(-0.5 * upper.square()[:, None])
     return torch.cat(parts, 1)
+
+
+def _half_log_det(gaussians: Gaussians) -> Tensor:
+    """log det of U, half that of the inverse covariance, shape (C,), or a scalar for tied."""
+    upper = gaussians.precisions_cholesky
+    if gaussians.covariance in ("full", "tied"):
+        return upper.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return upper.log().sum(-1) if gaussians.covariance == "diag" else gaussians.n_features * upper.log()
 
 
 def _by_factor(n_features: int, n_components: int, covariance: Covariance) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, DensityMixin
 from sklearn.utils.validation import check_is_fitted, validate_data
@@ -82,6 +83,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         weights_: the network's state, name -> array.
         feature_shape_, n_features_in_: of a sample.
     Does not do:
+        Training in several processes: there, use :class:`CompositionalLikelihood` in a loop of your own.
         Densities of discrete data, and data on a lower-dimensional surface (a constant feature is refused): add noise first.
         A model with an ``nn.Module`` or a law of your own can not be saved.
     Example:
@@ -209,6 +211,11 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         for name in ("max_iter", "batch_size", "noise_batch_size", "width", "depth"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError(
+                "EnergyDensity fits in one process, but torch.distributed runs several, over which the objective would sum; "
+                "train a module with CompositionalLikelihood and DistributedDataParallel instead"
+            )
         if self.refresh_noise_every < 0:
             raise ValueError(f"refresh_noise_every must be >= 0, got {self.refresh_noise_every}")
 
@@ -237,7 +244,8 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         return CompositionalLikelihood(law, gamma=self.gamma, inner=inner, noise_batch_size=self.noise_batch_size)
 
     def _train(self, log_p0: nn.Module, objective: Any, x: Tensor) -> dict[str, NDArray[np.float64]]:
-        # The moments and the bare cosine of the paper's family of methods; weight decay would shrink the density.
+        # Adam with a cosine to zero. Decay would pull the weights from the maximum of the likelihood, and clipping would take
+        # off the rare large pulls of the noise, which the expectation needs.
         config = TrainConfig(
             steps=self.max_iter,
             lr=self.lr,

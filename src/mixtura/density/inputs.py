@@ -20,7 +20,17 @@ from mixtura.density.labels import Classes, as_labels, map_classes
 from mixtura.density.processes import Processes
 from mixtura.density.sources import Arrays, Source, Summary, merge, open_source, scan
 
-__all__ = ["Given", "as_source", "as_weights", "check_parameters", "device_of", "dtype_of", "prepare", "subsample"]
+__all__ = [
+    "Drawn",
+    "Given",
+    "as_source",
+    "as_weights",
+    "check_parameters",
+    "device_of",
+    "dtype_of",
+    "prepare",
+    "subsample",
+]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +61,21 @@ class Given:
     y: np.ndarray | None
     first: int
     names: list[str] | None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some of the samples of all processes.
+
+    Attributes:
+        z: in the coordinates of the frame, shape (M, F).
+        classes: rows of the table of classes, -1 where unlabelled, shape (M,).
+        weights: shape (M,), or None for one each.
+    """
+
+    z: np.ndarray
+    classes: np.ndarray
+    weights: np.ndarray | None
 
 
 def check_parameters(estimator: Any) -> None:
@@ -96,7 +121,6 @@ def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> S
             dtype="numeric",
             ensure_all_finite=False,
             ensure_min_samples=min_samples,
-            skip_check_array=False,
         )
         names = getattr(estimator, "feature_names_in_", None)
         return Arrays(array, None if names is None else list(names))
@@ -249,16 +273,10 @@ def prepare(estimator: Any, X: Any, y: Any, sample_weight: Any, processes: Proce
     return Given(samples, everywhere, classes, y_all if classes is not None else None, first, source.names)
 
 
-def subsample(
-    given: Given, n: int, random_state: np.random.RandomState
-) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-    """Samples to start from, the same whatever the number of processes and batches.
+def subsample(given: Given, n: int, random_state: np.random.RandomState) -> Drawn:
+    """At most n samples to start from, the same whatever the number of processes and batches.
 
-    Up to half of them are labelled ones, so that small classes are there; samples with gaps have their gaps at the mean.
-
-    Returns:
-        Samples in the frame's coordinates, shape (M, F); their classes as rows of the table, -1 where unlabelled, shape
-        (M,); their weights, or None.
+    Up to half of them are labelled ones, so that small classes are there; gaps are filled with the mean.
     """
     samples, total = given.samples, given.summary.n
     chosen_N = np.zeros(total, dtype=bool)
@@ -289,7 +307,7 @@ def subsample(
     if samples.weights is not None:
         mine = chosen_N[given.first : given.first + own]
         weights = torch.cat(samples.processes.gather(samples.weights[torch.from_numpy(mine)])).numpy()
-    return z_MF, classes_M, weights
+    return Drawn(z_MF, classes_M, weights)
 
 
 def _exchange(summary: Summary | None, processes: Processes) -> tuple[Summary, int]:

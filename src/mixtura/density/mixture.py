@@ -185,8 +185,9 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
             The steps ran out; with the last change and what to try.
         """
         check_parameters(self)
-        rng = check_random_state(self.random_state)
-        given = prepare(self, X, y, sample_weight, join(self.distributed))  # type: ignore[arg-type]
+        processes = join(self.distributed)  # type: ignore[arg-type]
+        rng = processes.chance(self.random_state)
+        given = prepare(self, X, y, sample_weight, processes)
         fixed = self.means_init is not None and self.weights_init is not None and self.precisions_init is not None
         best: Fit | None = None
         for _ in range(1 if fixed else self.n_init):

@@ -203,7 +203,10 @@ class UniformNoise:
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Log density at x of shape (N, F), shape (N,): a constant in the box, -inf outside."""
-        inside_N = ((x >= self.low) & (x <= self.high)).all(-1)
+        # A draw that was rounded to float32 may lie beyond the edge by one step; it is inside all the same.
+        slack_F = torch.maximum(self.low.abs(), self.high.abs()) * 2.0**-22
+        x_NF = x.to(self.low)
+        inside_N = ((x_NF >= self.low - slack_F) & (x_NF <= self.high + slack_F)).all(-1)
         return torch.where(inside_N, -(self.high - self.low).log().sum(), -math.inf)
 
     def to(self, device: torch.device | str) -> Self:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -75,6 +76,17 @@ class Processes:
         for rank, message in enumerate(said):
             if len(message):
                 raise ValueError(f"process {rank}: {bytes(message.tolist()).decode()}") from problem
+
+    def chance(self, random_state: int | np.random.RandomState | None) -> np.random.RandomState:
+        """The source of chance of all processes: rank 0's, for without a seed each would start elsewhere."""
+        from sklearn.utils import check_random_state
+
+        if self.size == 1:
+            return check_random_state(random_state)
+        whole = isinstance(random_state, (int, np.integer))
+        seed = random_state if whole else check_random_state(random_state).randint(np.iinfo(np.int32).max)
+        first = self.gather(torch.tensor([int(seed)]))[0]  # type: ignore[arg-type]
+        return np.random.RandomState(int(first))
 
 
 ALONE = Processes()

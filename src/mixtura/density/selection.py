@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sklearn.utils import check_random_state
 from torch import Tensor
 
 from mixtura.core.gaussian import Gaussians
@@ -98,7 +97,8 @@ def select_components(
         raise ValueError(f"{sorted(fixing)[0]} has no meaning where several numbers of components are tried")
     model = GaussianMixture(tried[0], **options)
     check_parameters(model)
-    rng, processes = check_random_state(model.random_state), join(model.distributed)  # type: ignore[arg-type]
+    processes = join(model.distributed)  # type: ignore[arg-type]
+    rng = processes.chance(model.random_state)
     rows: list[dict[str, float]] = []
     best, last, waited = model, None, 0
     for n in progress(tried, desc="components", unit="model"):
@@ -147,9 +147,9 @@ def _fit_size(model: GaussianMixture, given: Given, last: Fit | None, rng: np.ra
 
 def _grow(given: Given, gaussians: Gaussians, n_components: int, rng: np.random.RandomState) -> Gaussians | None:
     """The mixture with components split until there are so many; None where no split holds."""
-    z_MF, _, w_M = subsample(given, LOCAL_SAMPLES, rng)
-    x_MF = torch.from_numpy(z_MF)
-    weight_M = torch.ones(len(x_MF), dtype=torch.float64) if w_M is None else torch.from_numpy(w_M)
+    drawn = subsample(given, LOCAL_SAMPLES, rng)
+    x_MF = torch.from_numpy(drawn.z)
+    weight_M = torch.from_numpy(np.ones(len(drawn.z)) if drawn.weights is None else drawn.weights)
     while gaussians.n_components < n_components:
         r_MC = gaussians.responsibilities(x_MF) * weight_M[:, None]
         gains = [_gain(given.samples, gaussians, c, x_MF, r_MC[:, c]) for c in range(gaussians.n_components)]

@@ -250,7 +250,8 @@ def start_mixture(given: Given, estimator: Any, random_state: np.random.RandomSt
     if means_CF is not None and weights_init is not None and precisions_init is not None:
         return Gaussians.build(weights_C, torch.from_numpy(means_CF), sigma, covariance)
     n = max(START_SAMPLES, START_SAMPLES_EACH * n_components)
-    z_MF, class_M, w_M = subsample(given, n, random_state)
+    drawn = subsample(given, n, random_state)
+    z_MF, class_M, w_M = drawn.z, drawn.classes, drawn.weights
     components = dict(enumerate(given.classes.components)) if given.classes is not None else {}
     allowed_MC = None
     if given.classes is not None:
