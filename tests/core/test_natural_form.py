@@ -113,6 +113,15 @@ def test_without_the_guard_float32_would_be_wrong(monkeypatch):
     assert (logs - want).abs().mean() > 0.01
 
 
+@pytest.mark.parametrize("f", [1, 2, 3, 4, 7, 8, 33])
+def test_every_pair_of_features_stands_once(f):
+    rows, columns = natural_form._pairs(f)
+    assert len(rows) == f * (f + 1) // 2
+    assert {tuple(sorted(pair)) for pair in zip(rows.tolist(), columns.tolist(), strict=True)} == {
+        (i, j) for i in range(f) for j in range(i, f)
+    }
+
+
 @pytest.mark.parametrize(("f", "c", "products"), [(130, 1, False), (32, 2, False), (32, 16, True), (8, 1, True)])
 def test_many_features_of_few_components_go_by_factor(f, c, products):
     rng = np.random.default_rng(0)
@@ -122,7 +131,7 @@ def test_many_features_of_few_components_go_by_factor(f, c, products):
     frame = Frame(x.mean(0), x.std(0))
     found = Pass(frame.enter(mixture), frame)
     torch.testing.assert_close(found.add(x), mixture.score_samples(x), rtol=1e-9, atol=1e-9)
-    assert (found._phi_PB.shape[0] > 1 + f) == products
+    assert (found._n_products > 1 + f) == products
 
 
 def test_a_sample_out_of_this_world_makes_no_nan():

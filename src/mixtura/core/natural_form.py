@@ -1,6 +1,6 @@
 """One pass of a Gaussian mixture over blocks of samples, in two matrix products a block.
 
-A Gaussian is an exponential family: log weight + log density = theta . phi(x) with phi(x) = [1, x, products x_i x_j]. So
+A Gaussian is an exponential family: log weight + log density = theta . phi(x) with phi(x) = [x, 1, products x_i x_j]. So
 the log densities of all components are one product, Theta (C, P) times Phi (P, B), and the statistics of all components
 another, R (C, B) times Phi'. Every product x_i x_j is formed once a sample instead of once a component, which halves the
 arithmetic of C triangular solves, and two large products run at a machine's full rate where 2 C small ones do not.
@@ -155,7 +155,8 @@ class Pass:
             gaussians.log_weights + _half_log_det(gaussians) - log_det - 0.5 * self.n_features * LOG_2PI
         ).tolist()
         self._n_products = _n_products(self.n_features, self.covariance) if self._together else 1 + self.n_features
-        self._phi_PB = torch.empty(0, 0, dtype=dtype, device=device)
+        # Above Phi, as many rows hold x once more: see _expand.
+        self._phi_PB = torch.empty(self.n_features + self._n_products, 0, dtype=dtype, device=device)
         self._joint_CB = torch.empty(0, 0, dtype=dtype, device=device)
         self._work_FB = [torch.empty(0, 0, dtype=dtype, device=device) for _ in range(2)]
         shape = (self.n_components, self._n_products)
@@ -200,7 +201,7 @@ class Pass:
     def statistics(self) -> Statistics:
         """The statistics of all blocks so far, in the coordinates of the frame, float64."""
         f = self.n_features
-        weight_C, first_CF = self._sums_CP[:, 0].clone(), self._sums_CP[:, 1 : 1 + f].clone()
+        weight_C, first_CF = self._sums_CP[:, f].clone(), self._sums_CP[:, :f].clone()
         second = self._unpack()
         for a, c in enumerate(self._apart):
             # Around the component's own mean so far; moving the origin is exact enough in float64.
@@ -219,21 +220,25 @@ class Pass:
         """Phi of a block into the buffer; views of the samples in it, (F, B), and of the log joints to be, (C, B)."""
         n, f = len(x), self.n_features
         if n > self._phi_PB.shape[1]:
-            self._phi_PB = self._phi_PB.new_empty(self._n_products, n)
-            self._phi_PB[0] = 1.0
+            self._phi_PB = self._phi_PB.new_empty(len(self._phi_PB), n)
+            self._phi_PB[2 * f] = 1.0
             self._joint_CB = self._joint_CB.new_empty(self.n_components, n)
             if self._apart:
                 self._work_FB = [self._phi_PB.new_empty(f, n) for _ in range(2)]
-        z_FB = self._phi_PB[1 : 1 + f, :n]
+        z_FB = self._phi_PB[f : 2 * f, :n]
         self._frame.into(x, z_FB)
-        rest_PB = self._phi_PB[1 + f :, :n]
+        rest_PB = self._phi_PB[2 * f + 1 :, :n]
         if not self._together or self.covariance == "tied":
             pass
         elif self.covariance == "full":
+            # x times x turned by s places, for s up to half a turn, gives every product once, in runs of F rows. With x
+            # twice in a row, a turn is a shifted view. Row by row of a triangle would be twice as many calls.
+            self._phi_PB[:f, :n] = z_FB
             row = 0
-            for i in range(f):  # feature-major: each run of products is contiguous, which a gathered triangle is not
-                torch.mul(z_FB[i:], z_FB[i], out=rest_PB[row : row + f - i])
-                row += f - i
+            for s, rows in enumerate(_turns(f)):
+                turned_FB = self._phi_PB[s : s + rows, :n]
+                torch.mul(self._phi_PB[:rows, :n], turned_FB, out=rest_PB[row : row + rows])
+                row += rows
         elif self.covariance == "diag":
             torch.mul(z_FB, z_FB, out=rest_PB)
         else:
@@ -241,10 +246,11 @@ class Pass:
         return z_FB, self._joint_CB[:, :n]
 
     def _log_joint(self, joint_CB: Tensor, n: int) -> None:
-        z_FB = self._phi_PB[1 : 1 + self.n_features, :n]
+        f = self.n_features
+        z_FB = self._phi_PB[f : 2 * f, :n]
         upper = self._inside.precisions_cholesky
         if self._together:
-            torch.mm(self._theta_CP, self._phi_PB[:, :n], out=joint_CB)
+            torch.mm(self._theta_CP, self._phi_PB[f:, :n], out=joint_CB)
             if self.covariance == "tied":
                 joint_CB.sub_(torch.mm(upper.mT, z_FB).square_().sum(0).mul_(0.5))
         # Two buffers for all components: fresh memory for each would cost as much as the arithmetic on it.
@@ -258,7 +264,7 @@ class Pass:
             torch.sum(y_FB.square_(), 0, out=joint_CB[c]).mul_(-0.5).add_(self._shift_C[c])
 
     def _sum(self, z_FB: Tensor, r_CB: Tensor) -> None:
-        self._sums_CP += r_CB @ self._phi_PB[: self._n_products, : z_FB.shape[1]].mT
+        self._sums_CP += r_CB @ self._phi_PB[self.n_features :, : z_FB.shape[1]].mT
         if self.covariance == "tied":
             wide_FB = z_FB.double()
             self._scatter_FF += (wide_FB * r_CB.sum(0)) @ wide_FB.mT
@@ -288,7 +294,7 @@ class Pass:
             return rest_CP.clone()
         if self.covariance == "spherical":
             return rest_CP[:, 0].clone()
-        rows, columns = torch.triu_indices(f, f)
+        rows, columns = _pairs(f)
         second_CFF = rest_CP.new_empty(c, f, f)
         second_CFF[:, rows, columns] = rest_CP
         second_CFF[:, columns, rows] = rest_CP
@@ -311,9 +317,9 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     constant_C = (
         gaussians.log_weights + _half_log_det(gaussians) - 0.5 * (f * LOG_2PI + pulled_CF.square().sum(-1)) - log_det
     )
-    parts = [constant_C[:, None], linear_CF]
+    parts = [linear_CF, constant_C[:, None]]
     if gaussians.covariance == "full":
-        rows, columns = torch.triu_indices(f, f)
+        rows, columns = _pairs(f)
         factor = torch.where(rows == columns, -0.5, -1.0).to(upper)
         parts.append((upper @ upper.mT)[:, rows, columns] * factor)
     elif gaussians.covariance == "diag":
@@ -321,6 +327,20 @@ def natural_parameters(gaussians: Gaussians, log_det: Tensor | float = 0.0) -> T
     elif gaussians.covariance == "spherical":
         parts.append(-0.5 * upper.square()[:, None])
     return torch.cat(parts, 1)
+
+
+def _turns(n_features: int) -> list[int]:
+    """Products x_i x_(i+s) that each turn s = 0, 1, ... contributes; of an even half turn only one half is new."""
+    half = n_features // 2
+    last = [half] if n_features % 2 == 0 else [n_features]
+    return [n_features] * half + last if n_features > 1 else [1]
+
+
+def _pairs(n_features: int) -> tuple[Tensor, Tensor]:
+    """The two features of each product, in the order in which Phi holds them."""
+    rows = torch.cat([torch.arange(n) for n in _turns(n_features)])
+    turns = torch.cat([torch.full((n,), s) for s, n in enumerate(_turns(n_features))])
+    return rows, (rows + turns) % n_features
 
 
 def _half_log_det(gaussians: Gaussians) -> Tensor:
