@@ -52,7 +52,33 @@ def _experts_forward(record: dict[str, Any]) -> Section:
         "Stacked experts against transformers' own engines, one dense product of the same arithmetic at 1024 tokens, and one "
         f"reading of the weights that are visited at 1 and 32. Bars: {'; '.join(f'{k} {v}' for k, v in bars.items())}."
     )
-    return "Experts forward on a CPU", what, rows, str(record.get("why", record.get("notes", "")))
+    return "Experts forward on a CPU", what, rows, _why_below(record["rows"])
+
+
+def _why_below(rows: dict[str, Any]) -> str:
+    """For every row below its bar, where the record's own figures say that the time goes."""
+    reasons = []
+    for name, row in rows.items():
+        seconds, dense, reading = row["seconds"], row.get("of dense"), row.get("of reading the weights")
+        if dense is not None and dense["median"] < 0.85:
+            if "products alone, of dense" in row:
+                alone = row["products alone, of dense"]["median"]
+                why = f"the experts' products alone, smaller ones than the dense, reach {alone:.2f}"
+            else:
+                own = name.replace("forward and backward", "forward")
+                forward = _spread(rows[own]["of dense"])
+                why = f"the forward pass reaches {forward}; backward writes a gradient for each expert, the dense product one"
+            reasons.append(f"{name}: {why}.")
+        elif reading is not None and reading < 0.7:
+            long = name.split(" tokens, ")[0].rsplit(", ", 1)[0]
+            tokens, dtype = int(name.split(" tokens, ")[0].rsplit(", ", 1)[1]), name.split(" tokens, ")[1]
+            arithmetic = rows[f"{long}, 1024 tokens, {dtype}"]["seconds"]["dense"] * tokens / 1024
+            call, ours, read = seconds["call alone"], seconds["mixtura"], row["read"]["seconds"]
+            reasons.append(
+                f"{name}: {1e3 * ours:.1f} ms, of which the call without products takes {1e3 * call:.1f}; reading takes "
+                f"{1e3 * read:.1f} and the arithmetic, at the rate of the dense product, {1e3 * arithmetic:.1f}."
+            )
+    return "Where a bar is missed:\n\n" + "\n".join(f"- {reason}" for reason in reasons) if reasons else ""
 
 
 def _attention_mixture(record: dict[str, Any]) -> Section:

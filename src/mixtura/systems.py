@@ -197,6 +197,12 @@ SYSTEMS: tuple[System, ...] = (
         "2306.07485",
         "density",
         "Maximum likelihood of models whose normalising constant nobody knows, by compositional descent.",
+        (
+            "mixtura.density.unnormalized.CompositionalLikelihood",
+            "mixtura.density.unnormalized.NoiseContrastive",
+            "mixtura.density.energy_model.EnergyDensity",
+            "mixtura.density.energy_model.ood_score",
+        ),
     ),
     System(
         "pretraining-advantage",
@@ -211,6 +217,11 @@ SYSTEMS: tuple[System, ...] = (
         "2107.01408",
         "density",
         "Infinitely wide networks with a random last-layer scale: heavy-tailed processes in closed form.",
+        (
+            "mixtura.density.ScaleMixtureRegressor",
+            "mixtura.density.ScaleMixtureClassifier",
+            "mixtura.density.WideNetworkKernel",
+        ),
     ),
     System(
         "multiscale-pde",

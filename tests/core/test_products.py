@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from mixtura.core import native, products
+from mixtura.core.packing import WIDTHS, pack
+from mixtura.core.quantize import nearest
 
 
 def spans_of(counts):
@@ -64,6 +66,58 @@ def test_the_c_kernel_matches_float64_for_every_tile(dtype, n_rows, n_out, n_in)
     assert_near(native.skinny(x, weight, spans), exact(x, weight, spans), dtype)
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize("n_rows", [1, 2, 4, 7])
+@pytest.mark.parametrize(("n_out", "n_groups", "size"), [(8, 1, 16), (24, 3, 48), (10, 4, 128), (64, 2, 512)])
+def test_the_packed_kernel_matches_float64_wherever_a_run_of_bytes_crosses_groups(bits, n_rows, n_out, n_groups, size):
+    matrix = nearest(draw(n_out, n_groups * size, dtype=torch.float32), bits, size)
+    codes = pack(matrix.codes.view(n_out, n_groups, size).transpose(0, 1).reshape(-1), bits)
+    scale = matrix.scale.half().T.contiguous().view(torch.int16)
+    zero = None if matrix.zero is None else matrix.zero.T.contiguous()
+    x = draw(n_rows, n_groups * size, dtype=torch.float32)
+    reason = native.why_not_packed(x, bits, n_groups, n_out)
+    if reason is not None:
+        pytest.skip(reason)
+    want = x.double() @ matrix.dequantize().double().T
+    # Each input is off by up to 2^-17 of its group's largest one, about 2^-15 of a typical one; sums over inputs average it.
+    assert (native.packed(x, codes, scale, zero, bits).double() - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_the_packed_kernel_reads_every_float16_scale_down_to_the_smallest():
+    # float16 has subnormal scales down to 6e-8; a group of zeros gets one.
+    x, scale = torch.ones(1, 16), torch.tensor([[6e-8, 1.0, 65504.0, 1e-5, 0.1, 2.0, 3e-6, 0.5]])
+    codes = pack(torch.ones(8 * 16, dtype=torch.uint8), 2)
+    if (reason := native.why_not_packed(x, 2, 1, 8)) is not None:
+        pytest.skip(reason)
+    got = native.packed(x, codes, scale.half().view(torch.int16), torch.zeros(1, 8, dtype=torch.uint8), 2)
+    torch.testing.assert_close(got, 16 * scale.half().float(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_the_packed_kernel_hides_no_input_that_is_not_finite(bad):
+    x = torch.ones(2, 32)
+    x[0, 20] = bad
+    if (reason := native.why_not_packed(x, 1, 2, 8)) is not None:
+        pytest.skip(reason)
+    one = torch.ones(2, 8).half().view(torch.int16)
+    got = native.packed(x, torch.zeros(2 * 8 * 2, dtype=torch.uint8), one, None, 1)
+    assert got[0].isnan().all() and torch.allclose(got[1], torch.full((8,), -32.0))
+
+
+@pytest.mark.parametrize(
+    ("x", "groups", "n_out", "reason"),
+    [
+        (torch.zeros(1, 32).double(), 1, 8, "float64"),
+        (torch.zeros(1, 24), 1, 8, "got 1 x 8 x 24"),
+        (torch.zeros(1, 1024), 1, 8, "<= 512"),
+        (torch.zeros(1, 32), 1, 6, "fill whole bytes"),
+        (torch.zeros(1, 32, device="meta"), 1, 8, "runs on the CPU"),
+    ],
+)
+def test_the_packed_kernel_says_what_it_cannot_multiply(x, groups, n_out, reason):
+    assert re.search(reason, native.why_not_packed(x, 3, groups, n_out) or "")
+
+
 @pytest.mark.parametrize(
     ("x", "weight", "reason"),
     [
@@ -99,10 +153,10 @@ def test_the_kernel_can_be_switched_off(monkeypatch, fresh_library):
 def test_a_build_that_fails_is_a_reason_and_leaves_nothing_behind(monkeypatch, fresh_library, tmp_path):
     broken = tmp_path / "broken.c"
     broken.write_text("this is not C")
-    monkeypatch.setattr(native, "_SOURCE", broken)
+    monkeypatch.setattr(native, "_SOURCES", (broken,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     reason = native.why_not(torch.zeros(1, 32), torch.zeros(1, 4, 32))
-    assert reason is None or "building or loading failed" in reason or "no C compiler" in reason
+    assert reason is not None and ("building or loading failed" in reason or "no C compiler" in reason)
     assert not list((tmp_path / "cache").rglob("*.so")) and not list((tmp_path / "cache").rglob("*.o"))
 
 

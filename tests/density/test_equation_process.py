@@ -183,7 +183,9 @@ def test_a_field_that_is_not_solved_for_says_so():
 def test_grids_that_cannot_be_used_are_named():
     bent = X.copy()
     bent[7] += 0.004
-    with pytest.raises(ValueError, match=r"axis 0 is not uniform: the gap between points [67] and [78] .*largest deviation 0.004"):
+    with pytest.raises(
+        ValueError, match=r"axis 0 is not uniform: the gap between points [67] and [78] .*largest deviation 0.004"
+    ):
         solver().fit([bent], source, wave)
     with pytest.raises(ValueError, match="axis 1 has 7 points; at least 8 are needed"):
         solver().fit([X, X[:7]], None, lambda x, y: 0 * x)

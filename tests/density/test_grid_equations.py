@@ -77,7 +77,9 @@ def test_an_equation_that_couples_points_is_refused():
 
 
 def test_what_is_no_equation_on_the_grid_is_refused():
-    with pytest.raises(ValueError, match=r"must give a tensor on the grid, of shape \(9, 11\), got a tensor of shape \(\)"):
+    with pytest.raises(
+        ValueError, match=r"must give a tensor on the grid, of shape \(9, 11\), got a tensor of shape \(\)"
+    ):
         orders_of(lambda u, x, t: u.value.sum(), (X, T))
     with pytest.raises(ValueError, match="got float"):
         orders_of(lambda u, x, t: 1.0, (X, T))

@@ -57,7 +57,9 @@ def test_a_toeplitz_matrix_is_the_covariance_and_its_odd_derivative(dense):
 
 def test_log_determinant_and_quadratic_form_equal_the_dense_ones(dense):
     u = field()
-    torch.testing.assert_close(grid_log_determinant(axes()), torch.linalg.slogdet(dense["C"]).logabsdet, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        grid_log_determinant(axes()), torch.linalg.slogdet(dense["C"]).logabsdet, rtol=1e-9, atol=0
+    )
     want = u.reshape(-1) @ torch.linalg.solve(dense["C"], u.reshape(-1))
     whitened = u
     for i, axis in enumerate(axes()):
@@ -117,7 +119,9 @@ def test_expand_is_every_kronecker_product_and_collapse_its_adjoint():
     x = torch.randn(4, 5, 3, generator=draw, dtype=torch.float64)
     found = expand(x, factors, keys)
     for key in keys:
-        matrices = [f[p] if f[p] is not None else torch.eye(4, dtype=torch.float64) for f, p in zip(factors, key, strict=True)]
+        matrices = [
+            f[p] if f[p] is not None else torch.eye(4, dtype=torch.float64) for f, p in zip(factors, key, strict=True)
+        ]
         want = torch.kron(torch.kron(matrices[0], matrices[1]), matrices[2]) @ x.reshape(-1)
         torch.testing.assert_close(found[key].reshape(-1), want, rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(along_all(x, matrices).reshape(-1), want, rtol=1e-12, atol=1e-12)

@@ -9,7 +9,14 @@ import torch
 from mixtura.density.adam_solver import adam_fit
 from mixtura.density.grid_equations import AllenCahn, Linear, Poisson
 from mixtura.density.grid_problem import build_problem
-from mixtura.density.log_joint import Precisions, kernel_gradient, linearised_at, log_joint, plain_log_joint, whiten_grid
+from mixtura.density.log_joint import (
+    Precisions,
+    kernel_gradient,
+    linearised_at,
+    log_joint,
+    plain_log_joint,
+    whiten_grid,
+)
 from mixtura.density.profile_solver import InnerOptions, inner_solve, profile_fit
 from mixtura.density.spectral_mixture import SpectralMixture1D
 
@@ -151,6 +158,8 @@ def test_adam_ends_at_the_parameters_of_its_best_step():
     problem = build_problem(Poisson(), [x], torch.sin(9 * x), {(0, "low"): 0.0, (0, "high"): 0.0})
     kernel = SpectralMixture1D("student", 4, 6.0)
     fit = adam_fit([kernel], problem, n_steps=20, boundary_weight=10.0, jitter=1e-6)
-    logs = [torch.tensor(value, dtype=torch.float64) for value in (fit.precisions.log_boundary, fit.precisions.log_equation)]
+    logs = [
+        torch.tensor(value, dtype=torch.float64) for value in (fit.precisions.log_boundary, fit.precisions.log_equation)
+    ]
     again = plain_log_joint([kernel], problem, fit.u, *logs, boundary_weight=10.0, jitter=1e-6)
     assert float(again.detach()) == pytest.approx(fit.log_joint, rel=1e-12)

@@ -87,7 +87,9 @@ def test_an_expression_works_on_arrays_and_a_constant_fills_them():
     ],
 )
 def test_everything_else_is_refused_in_words(text: str):
-    with pytest.raises(ValueError, match=r"not allowed|not known|no known function|no arithmetic|one argument|deep|longer"):
+    with pytest.raises(
+        ValueError, match=r"not allowed|not known|no known function|no arithmetic|one argument|deep|longer"
+    ):
         Expression(text, ["x"])
 
 
@@ -151,8 +153,14 @@ def test_terms_of_a_file_are_the_equation_they_spell():
         ({"axis": []}, r"\[\[axis\]\] is missing"),
         ({"axis": {"name": "x"}}, r"axis must be written as \[\[axis\]\]"),
         ({"axis": [{"name": "x", "from": 0, "points": 20}]}, "axis 'x' has no 'to'"),
-        ({"axis": [{"name": "2x", "from": 0, "to": 1, "points": 20}]}, "must be a word other than u, pi and e, got '2x'"),
-        ({"axis": [{"name": "x", "from": 0, "to": 1, "points": 7}]}, "points of axis 'x' must be an integer >= 8, got 7"),
+        (
+            {"axis": [{"name": "2x", "from": 0, "to": 1, "points": 20}]},
+            "must be a word other than u, pi and e, got '2x'",
+        ),
+        (
+            {"axis": [{"name": "x", "from": 0, "to": 1, "points": 7}]},
+            "points of axis 'x' must be an integer >= 8, got 7",
+        ),
         ({"axis": [{"name": "x", "from": 1, "to": 0, "points": 9}]}, "axis 'x' must go upwards, got from 1 to 0"),
         ({"axis": [{"name": "x", "from": 0, "to": 1, "points": 9}] * 2}, "axes must have different names"),
         ({"axis": [{"name": "x", "from": 0, "to": 1, "points": 9, "step": 1}]}, "'step' in .*number 1 is not known"),
@@ -161,7 +169,10 @@ def test_terms_of_a_file_are_the_equation_they_spell():
         ({"term": [{"derivative": {"x": 0.5}}]}, "order of x .* must be an integer >= 0, got 0.5; fractional"),
         ({"term": [{"derivative": {"y": 2}}]}, r"is along 'y'; the axes are \['x'\]"),
         ({"term": [{"derivative": 2}]}, r"must be a table of orders such as \{ x = 2 \}, got 2"),
-        ({"term": [{"power": -1}]}, "power in .* must be an integer >= 0, got -1; other functions of u are not covered"),
+        (
+            {"term": [{"power": -1}]},
+            "power in .* must be an integer >= 0, got -1; other functions of u are not covered",
+        ),
         ({"term": [{"power": 0}]}, "does not contain u"),
         ({"term": [{"coefficient": "u"}]}, r"coefficient in \[\[term\]\] number 1: 'u' in 'u' is not known"),
         ({"term": [{"coefficient": "1/x"}]}, "is not finite everywhere on the grid: '1/x'"),
@@ -169,7 +180,10 @@ def test_terms_of_a_file_are_the_equation_they_spell():
         ({"equation": {"source": True}}, "must be a number or text, got True"),
         ({"equation": {"sauce": 1}}, r"'sauce' in \[equation\] is not known"),
         ({"equation": 3}, r"equation must be a table, \[equation\], got 3"),
-        ({"boundary": {"x left": 0}}, r"'x left' in \[boundary\] is not known; known are all, periodic, .*'x low slope'"),
+        (
+            {"boundary": {"x left": 0}},
+            r"'x left' in \[boundary\] is not known; known are all, periodic, .*'x low slope'",
+        ),
         ({"boundary": {"periodic": ["y"]}}, "periodic in .* names 'y'"),
         ({"solver": {"device": "cuda"}}, r"'device' in \[solver\] is not known"),
     ],

@@ -52,7 +52,9 @@ def test_every_derivative_equals_finite_differences_of_the_definition_at_zero_to
         step = mpmath.mpf(10) ** -13
         for d, value in zip(DISTANCES, got, strict=True):
             parts = [
-                (-1) ** j * mpmath.binomial(order, j) * exact(kernel, mpmath.mpf(d) + (mpmath.mpf(order) / 2 - j) * step)
+                (-1) ** j
+                * mpmath.binomial(order, j)
+                * exact(kernel, mpmath.mpf(d) + (mpmath.mpf(order) / 2 - j) * step)
                 for j in range(order + 1)
             ]
             want = mpmath.fsum(parts) / step**order
@@ -66,8 +68,10 @@ def test_the_second_derivative_at_zero_is_the_most_negative_one_in_closed_form(k
     bend = 2 * scale if kind == "gaussian" else 5 * scale**2 / 3
     want = -(kernel.weights() * (bend + m**2)).sum()
     torch.testing.assert_close(kernel(torch.zeros((), dtype=torch.float64), 2), want, rtol=1e-13, atol=0)
-    assert float(kernel(torch.zeros((), dtype=torch.float64), 1)) == 0 == float(
-        kernel(torch.zeros((), dtype=torch.float64), 3)
+    assert (
+        float(kernel(torch.zeros((), dtype=torch.float64), 1))
+        == 0
+        == float(kernel(torch.zeros((), dtype=torch.float64), 3))
     )
 
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mixtura import __version__
-from mixtura.cli import claims, demo, lm
+from mixtura.cli import claims, cluster, demo, lm, regress
 
 __all__ = ["app", "main"]
 
@@ -26,6 +26,8 @@ app = typer.Typer(
 )
 demo.add_to(app)
 lm.add_to(app)
+cluster.add_to(app)
+regress.add_to(app)
 claims.add_to(app)
 
 
@@ -67,7 +69,8 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        return f"this command needs the package {error.name}; get it with: pip install 'mixtura[lm]'"
+        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"
     return str(error) or type(error).__name__

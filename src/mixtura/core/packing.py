@@ -8,7 +8,7 @@ bits [w·f, w·(f+1)) the code number f·(n·w/8) + b, so that unpacking writes 
 import torch
 from torch import Tensor
 
-__all__ = ["WIDTHS", "pack", "packed_width", "unpack"]
+__all__ = ["PLANES", "WIDTHS", "pack", "packed_width", "unpack"]
 
 PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 WIDTHS = tuple(PLANES)

@@ -12,24 +12,62 @@ __all__ = [
     "Advection",
     "AliasingWarning",
     "AllenCahn",
+    "BurrXII",
+    "CompositionalLikelihood",
+    "EnergyDensity",
+    "FixedScale",
+    "GaussianMixture",
     "Helmholtz",
+    "InverseGamma",
     "Linear",
     "MultiscaleSolver",
+    "NoiseContrastive",
     "Poisson",
+    "ScaleMixtureClassifier",
+    "ScaleMixtureGP",
+    "ScaleMixtureRegressor",
     "SpectralMixture1D",
     "SpectralProcessSolver",
     "Term",
     "Terms",
+    "WideNetworkKernel",
+    "kmeans_plus_plus",
+    "lloyd",
+    "merge_components",
+    "ood_score",
+    "select_components",
+    "split_component",
 ]
 
 NAMES: dict[str, str] = {
-    **dict.fromkeys(
-        ("Advection", "AllenCahn", "Helmholtz", "Linear", "Poisson", "Term", "Terms"), "mixtura.density.grid_equations"
-    ),
-    **dict.fromkeys(
-        ("AliasingWarning", "MultiscaleSolver", "SpectralProcessSolver"), "mixtura.density.equation_process"
-    ),
+    "Advection": "mixtura.density.grid_equations",
+    "AliasingWarning": "mixtura.density.equation_process",
+    "AllenCahn": "mixtura.density.grid_equations",
+    "BurrXII": "mixtura.density.scale_priors",
+    "CompositionalLikelihood": "mixtura.density.unnormalized",
+    "EnergyDensity": "mixtura.density.energy_model",
+    "FixedScale": "mixtura.density.scale_priors",
+    "GaussianMixture": "mixtura.density.mixture",
+    "Helmholtz": "mixtura.density.grid_equations",
+    "InverseGamma": "mixtura.density.scale_priors",
+    "Linear": "mixtura.density.grid_equations",
+    "MultiscaleSolver": "mixtura.density.equation_process",  # another name of SpectralProcessSolver
+    "NoiseContrastive": "mixtura.density.unnormalized",
+    "Poisson": "mixtura.density.grid_equations",
+    "ScaleMixtureClassifier": "mixtura.density.scale_mixture_classifier",
+    "ScaleMixtureGP": "mixtura.density.scale_mixture_process",  # another name of ScaleMixtureRegressor
+    "ScaleMixtureRegressor": "mixtura.density.scale_mixture_process",
     "SpectralMixture1D": "mixtura.density.spectral_mixture",
+    "SpectralProcessSolver": "mixtura.density.equation_process",
+    "Term": "mixtura.density.grid_equations",
+    "Terms": "mixtura.density.grid_equations",
+    "WideNetworkKernel": "mixtura.density.wide_network_kernel",
+    "kmeans_plus_plus": "mixtura.density.starts",
+    "lloyd": "mixtura.density.starts",
+    "merge_components": "mixtura.density.split_and_merge",
+    "ood_score": "mixtura.density.energy_model",
+    "select_components": "mixtura.density.selection",
+    "split_component": "mixtura.density.split_and_merge",
 }
 
 __getattr__ = lazy_names(__name__, NAMES)

@@ -5,7 +5,7 @@ difference between two faces (periodic), or a value at any point. An initial con
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 

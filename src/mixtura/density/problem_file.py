@@ -183,7 +183,9 @@ def _term(term: Mapping[str, Any], number: int, names: Sequence[str], mesh: Sequ
             raise ValueError(f"{key!r} in {where} is not covered; {COVERED}")
     derivative = term.get("derivative", {})
     if not isinstance(derivative, dict):
-        raise ValueError(f"derivative in {where} must be a table of orders such as {{ {names[0]} = 2 }}, got {derivative!r}")
+        raise ValueError(
+            f"derivative in {where} must be a table of orders such as {{ {names[0]} = 2 }}, got {derivative!r}"
+        )
     for axis, order in derivative.items():
         if axis not in names:
             raise ValueError(f"derivative in {where} is along {axis!r}; the axes are {list(names)}")
@@ -194,7 +196,9 @@ def _term(term: Mapping[str, Any], number: int, names: Sequence[str], mesh: Sequ
     orders = tuple(derivative.get(name, 0) for name in names)
     power = term.get("power", 0 if any(orders) else 1)
     if not isinstance(power, int) or isinstance(power, bool) or power < 0:
-        raise ValueError(f"power in {where} must be an integer >= 0, got {power!r}; other functions of u are not covered")
+        raise ValueError(
+            f"power in {where} must be an integer >= 0, got {power!r}; other functions of u are not covered"
+        )
     if not any(orders):
         if power == 0:
             raise ValueError(f"{where} does not contain u; what does not belongs into the source")
@@ -219,7 +223,9 @@ def _boundary(given: Mapping[str, Any], names: Sequence[str]) -> dict[Any, Any]:
                 if name not in names:
                     raise ValueError(f"periodic in [boundary] names {name!r}; the axes are {list(names)}")
                 found[names.index(name)] = "periodic"
-        elif len(words) in (2, 3) and words[0] in names and words[1] in ("low", "high") and words[2:] in ([], ["slope"]):
+        elif (
+            len(words) in (2, 3) and words[0] in names and words[1] in ("low", "high") and words[2:] in ([], ["slope"])
+        ):
             place = (names.index(words[0]), words[1], *([1] if len(words) == 3 else []))
             found[place] = _expression(value, names, f"{key!r} in [boundary]").on
         else:

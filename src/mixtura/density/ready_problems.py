@@ -139,9 +139,7 @@ READY: Mapping[str, ReadyProblem] = MappingProxyType(
             "-sin(x) - 40*sin(20*x) - 500*sin(100*x)",
         ),
         "P3": _poisson("a slow times a fast wave", "2*pi", 400, 20, "sin(6*x)*cos(100*x)", _P3),
-        "P4": _poisson(
-            "a growing fast wave", "2*pi", 900, 50, "x*sin(200*x)", "400*cos(200*x) - 40000*x*sin(200*x)"
-        ),
+        "P4": _poisson("a growing fast wave", "2*pi", 900, 50, "x*sin(200*x)", "400*cos(200*x) - 40000*x*sin(200*x)"),
         "P5": _poisson(
             "a fast wave on a slow trend", "1", 400, 100, "sin(500*x) - 2*(x - 0.5)**2", "-250000*sin(500*x) - 4"
         ),

@@ -1,0 +1,70 @@
+"""IDX files: round trips through the bytes the format prescribes, and damaged ones."""
+
+import gzip
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mixtura.data.digits import digits, patches, read_idx, read_mnist
+from mixtura.data.planar import PLANAR, planar
+
+
+def idx(array: np.ndarray, code: int) -> bytes:
+    return bytes([0, 0, code, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+def test_an_idx_file_gives_its_array_back(tmp_path: Path):
+    images = np.random.default_rng(0).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+    (tmp_path / "a").write_bytes(idx(images, 0x08))
+    (tmp_path / "a.gz").write_bytes(gzip.compress(idx(images, 0x08)))
+    np.testing.assert_array_equal(read_idx(tmp_path / "a"), images)
+    np.testing.assert_array_equal(read_idx(tmp_path / "a.gz"), images)
+    wide = np.array([[1, -2], [300, 4]], dtype=">i4")
+    (tmp_path / "b").write_bytes(idx(wide, 0x0C))
+    np.testing.assert_array_equal(read_idx(tmp_path / "b"), wide)
+
+
+def test_a_directory_as_mnist_is_distributed_is_read(tmp_path: Path):
+    images, labels = np.full((2, 28, 28), 255, np.uint8), np.array([7, 1], np.uint8)
+    (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images, 0x08)))
+    with pytest.raises(ValueError, match=r"has neither t10k-labels-idx1-ubyte nor t10k-labels-idx1-ubyte\.gz"):
+        read_mnist(tmp_path, "t10k")
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels, 0x08))
+    found, digit = read_mnist(tmp_path, "t10k")
+    assert found.shape == (2, 28, 28) and found.max() == 1.0 and digit.tolist() == [7, 1]
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx(labels[:1], 0x08))
+    with pytest.raises(ValueError, match="2 images and 1 labels"):
+        read_mnist(tmp_path, "t10k")
+    with pytest.raises(ValueError, match="part must be 'train' or 't10k'"):
+        read_mnist(tmp_path, "test")
+
+
+def test_a_damaged_idx_file_is_named(tmp_path: Path):
+    (tmp_path / "no").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ValueError, match="no is no IDX file: its first bytes are 504b0304"):
+        read_idx(tmp_path / "no")
+    (tmp_path / "short").write_bytes(idx(np.zeros((2, 4), np.uint8), 0x08)[:-3])
+    with pytest.raises(ValueError, match=r"must hold 8 bytes after its header, for shape \(2, 4\), got 5"):
+        read_idx(tmp_path / "short")
+
+
+def test_digits_and_patches_are_images_between_zero_and_one():
+    images, labels = digits()
+    assert images.shape == (1797, 8, 8) and set(labels) == set(range(10))
+    for found in (images, patches(20, seed=1)):
+        assert found.min() >= 0 and found.max() <= 1
+    np.testing.assert_array_equal(patches(5, seed=3), patches(5, seed=3))
+
+
+@pytest.mark.parametrize("name", sorted(PLANAR))
+def test_planar_sets_repeat_with_their_seed_and_stay_near_the_origin(name: str):
+    points = planar(name, 500, seed=2)
+    assert points.shape == (500, 2) and float(points.abs().max()) < 6
+    assert points.equal(planar(name, 500, seed=2)) and not points.equal(planar(name, 500, seed=3))
+
+
+def test_an_unknown_planar_set_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"name must be one of .*'pinwheel'.* got 'moons'"):
+        planar("moons", 3)
