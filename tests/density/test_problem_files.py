@@ -82,6 +82,7 @@ def test_an_expression_works_on_arrays_and_a_constant_fills_them():
         "x; x",
         "",
         "1e999",
+        "9" * 400,
         "-" * 300 + "x",
         "1+" * 3000 + "1",
     ],

@@ -7,6 +7,7 @@ layers by hand (Taylor mode), which costs three forward passes instead of two ne
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class LineNetwork(nn.Module):
     def __init__(self, problem: LineProblem, budget: NetworkBudget, sigma: float | None, seed: int) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(seed)
-        self.middle, self.half = 0.5 * (problem.low + problem.high), 0.5 * (problem.high - problem.low)
+        self.middle, self.reach = 0.5 * (problem.low + problem.high), 0.5 * (problem.high - problem.low)
         self.frequencies: Tensor | None = None
         inputs = 1
         if sigma is not None:
@@ -62,7 +63,7 @@ class LineNetwork(nn.Module):
         sizes = [inputs, *[budget.width] * budget.layers, 1]
         self.weights = nn.ParameterList()
         self.biases = nn.ParameterList()
-        for a, b in zip(sizes, sizes[1:], strict=False):
+        for a, b in pairwise(sizes):
             spread = math.sqrt(2 / (a + b))
             self.weights.append(spread * torch.randn(b, a, generator=draw, dtype=torch.float64))
             self.biases.append(torch.zeros(b, dtype=torch.float64))
@@ -86,8 +87,8 @@ class LineNetwork(nn.Module):
 
     def _inputs(self, x: Tensor) -> Jet:
         if self.frequencies is None:
-            scaled = ((x - self.middle) / self.half)[:, None]
-            return scaled, torch.full_like(scaled, 1 / self.half), torch.zeros_like(scaled)
+            scaled = ((x - self.middle) / self.reach)[:, None]
+            return scaled, torch.full_like(scaled, 1 / self.reach), torch.zeros_like(scaled)
         w = self.frequencies.to(x.dtype)
         cosine, sine = (w * x[:, None]).cos(), (w * x[:, None]).sin()
         return (

@@ -7,6 +7,7 @@ nothing is ever given to ``eval`` or ``exec``.
 import ast
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -78,7 +79,7 @@ class Expression:
     def _check(self, node: ast.AST, depth: int) -> None:
         if depth > DEEPEST:
             raise ValueError(f"expression is nested more than {DEEPEST} deep")
-        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and math.isfinite(float(node.value)):
+        if isinstance(node, ast.Constant) and _is_number(node.value):
             return
         if isinstance(node, ast.Name):
             if node.id not in self.names and node.id not in CONSTANTS:
@@ -108,6 +109,7 @@ class Expression:
     def _value(self, node: ast.AST, functions: Mapping[str, Callable[[Any], Any]], values: Mapping[str, Any]) -> Any:
         if isinstance(node, ast.Constant):
             # As a float: 9**9**9 in integers would never end.
+            assert isinstance(node.value, (int, float))
             return np.float64(node.value)
         if isinstance(node, ast.Name):
             return values[node.id] if node.id in self.names else np.float64(CONSTANTS[node.id])
@@ -118,3 +120,8 @@ class Expression:
             return UNARY[type(node.op)](self._value(node.operand, functions, values))
         assert isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         return functions[node.func.id](self._value(node.args[0], functions, values))
+
+
+def _is_number(value: object) -> bool:
+    # Compared, not converted: an integer of 400 digits is no float.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max

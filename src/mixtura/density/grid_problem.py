@@ -33,7 +33,7 @@ class Condition:
     Attributes:
         orders: derivative along each axis.
         plus, minus: positions in the flattened grid, int64, shape (n,); ``minus`` is None for a plain value.
-        target: shape (n,).
+        target: shape (n,), already times ``scale``.
         scale: brings derivatives to the unit of u: the spacing to the power of the order.
         face: (axis, position) of a face, (axis, position, position) of two that are compared; None for single points.
     """
@@ -250,7 +250,8 @@ def _face(key: Any, given: Any, axes: Sequence[Tensor], coordinates: Sequence[Te
     target = _values(given, where, name, where[0].shape).reshape(-1)
     orders = tuple(order if i == axis else 0 for i in range(len(axes)))
     at = _face_index(axis, position, coordinates)
-    return Condition(orders, at, None, target, _spacing(axes[axis]) ** order, (axis, position))
+    scale = _spacing(axes[axis]) ** order
+    return Condition(orders, at, None, scale * target, scale, (axis, position))
 
 
 def _face_key(key: Any, n_axes: int) -> tuple[int, str, int]:

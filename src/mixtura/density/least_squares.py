@@ -73,7 +73,7 @@ def lsmr(
         c, s, rho = _rotation(alphabar, beta)
         thetanew, alphabar = s * alpha, c * alpha
         rhobarold, zetaold = rhobar, zeta
-        thetabar, rhotemp = sbar * rho, cbar * rho
+        thetabar = sbar * rho
         cbar, sbar, rhobar = _rotation(cbar * rho, thetanew)
         zeta, zetabar = cbar * zetabar, -sbar * zetabar
         hbar.mul_(-(thetabar * rho) / (rhoold * rhobarold)).add_(h)
