@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mixtura.core.keeping import Keeping
 from mixtura.density.adam_solver import adam_fit
+from mixtura.density.grid_equations import Field, left_hand_side
 from mixtura.density.grid_problem import GridProblem, build_problem, nyquist
+from mixtura.density.inputs import device_of
 from mixtura.density.kronecker import along, factor_axis
 from mixtura.density.profile_solver import Fit, InnerOptions, profile_fit
 from mixtura.density.spectral_mixture import KINDS, STUDENT_ORDERS, Kind, SpectralComponent, SpectralMixture1D
@@ -61,10 +63,11 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         inner_tol, inner_iterations: of the least squares for the field (profile); iterations per solve.
         extra_trend: True adds a slow Matern-5/2 component an axis.
         jitter: added to the diagonal of every axis' covariance. More than about 1e-5 blurs fast oscillation.
-        device: where to compute, always in float64.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``; always in float64.
         seed: kept for a common interface; the solver draws nothing.
     Attributes:
         grids_: list of arrays, one an axis. solution_: values on the grid.
+        residual_: left-hand side less the source, on the grid.
         kernel_parameters_: one dict of arrays an axis. log_joint_: of the fit, in nats.
         tau_equation_, tau_boundary_: learned precisions. history_: log joint and residual of every step.
         n_iter_: steps taken. converged_: whether the field was solved for to ``inner_tol`` at the end.
@@ -134,7 +137,7 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         """
         self._check_parameters()
         problem = build_problem(
-            self.equation, grids, source, boundary, allow_free=allow_free, device=torch.device(self.device)
+            self.equation, grids, source, boundary, allow_free=allow_free, device=device_of(self.device)
         )
         self._check_orders(problem)
         _check_resolution(problem.source, "source", most=True)
@@ -149,6 +152,7 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         self.tau_equation_ = float(np.exp(found.precisions.log_equation))
         self.tau_boundary_ = float(np.exp(found.precisions.log_boundary))
         self.history_ = found.history
+        self.residual_ = self._residual(problem)
         self.n_iter_ = self.n_steps
         self.converged_ = found.converged
         _check_resolution(found.u, "solution", most=False)
@@ -213,6 +217,12 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         )
         return profile_fit(kernels, problem, n_steps=self.n_steps, options=options, jitter=self.jitter)
 
+    def _residual(self, problem: GridProblem) -> np.ndarray:
+        device = problem.source.device
+        field = Field(len(problem.axes), lambda orders: torch.as_tensor(self.derivative(orders), device=device))
+        with torch.no_grad():
+            return (left_hand_side(self.equation, field, problem.coordinates) - problem.source).cpu().numpy()
+
     def _kernels(self, axes: Sequence[Any]) -> list[SpectralMixture1D]:
         asked = self.max_frequency
         if isinstance(asked, str):
@@ -239,7 +249,7 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
                 log_scale=self.log_scale,
                 trend=float(axis[-1] - axis[0]) if self.extra_trend else None,
             )
-            kernels.append(kernel.to(self.device))
+            kernels.append(kernel.to(axis.device))
         return kernels
 
     def _fitted_grids(self) -> list[np.ndarray]:
