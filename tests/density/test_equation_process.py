@@ -117,6 +117,26 @@ def test_the_answer_does_not_depend_on_the_unit_of_length(fitted):
     np.testing.assert_allclose(thousand.predict(), fitted.predict(), atol=1e-6)
 
 
+@pytest.mark.parametrize("unit", [1e-7, 1e5])
+def test_the_answer_does_not_depend_on_the_unit_of_the_field(fitted, unit: float):
+    scaled = solver().fit([X], lambda x: unit * source(x), lambda x: unit * wave(x))
+    np.testing.assert_allclose(scaled.predict(), unit * fitted.predict(), rtol=1e-6, atol=1e-8 * unit)
+    assert scaled.unit_ == pytest.approx(unit, rel=1e-12) and fitted.unit_ == 1.0
+    assert scaled.components_()[0].weight == pytest.approx(unit**2 * fitted.components_()[0].weight, rel=1e-4)
+    assert scaled.tau_equation_ == pytest.approx(fitted.tau_equation_ / unit**2, rel=1e-2)
+    # Densities of 60 values of the field, of 60 of the equation and, 200 times, of two at the boundary.
+    assert scaled.log_joint_ == pytest.approx(fitted.log_joint_ - (120 + 400) * np.log(unit), rel=1e-4)
+
+
+def test_a_nonlinear_equation_is_solved_in_its_own_unit_too():
+    def bent(field, x):
+        return field.d(0, 2) + (field.value / 1e4) ** 2 * field.value
+
+    model = solver(bent).fit([X], lambda x: 1e4 * (source(x) + wave(x) ** 3), lambda x: 1e4 * wave(x))
+    assert model.unit_ == 1e4
+    assert error(model.predict(), 1e4 * wave(X)) < 1e-2
+
+
 def test_a_point_alone_is_predicted_as_in_a_grid(fitted):
     together = fitted.predict(np.array([0.1, 0.5, 0.77]))
     np.testing.assert_allclose(fitted.predict([0.5]), together[1:2], rtol=1e-12)
@@ -206,6 +226,8 @@ def test_sources_that_cannot_be_used_are_named_with_their_index():
     bad[[4, 9]] = np.nan, np.inf
     with pytest.raises(ValueError, match=r"source has 2 values that are NaN or infinite, the first at index \(4,\)"):
         solver().fit([X], bad, wave)
+    with pytest.raises(ValueError, match=r"source has a value beyond 1e\+120, whose square .* at index \(1,\)"):
+        solver().fit([X], 1e150 * source(X), wave)
     turned = source(X).astype(complex)
     turned[11] += 1j
     with pytest.raises(ValueError, match=r"source must be real numbers, got complex, first at index \(11,\)"):

@@ -11,6 +11,7 @@ Source: 2311.04465.
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Self
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from mixtura.core.keeping import Keeping
 from mixtura.density.adam_solver import adam_fit
+from mixtura.density.field_unit import in_unit, log_joint_shift, unit_of
 from mixtura.density.grid_equations import Field, left_hand_side
 from mixtura.density.grid_problem import GridProblem, build_problem, nyquist
 from mixtura.density.inputs import device_of
@@ -67,6 +69,7 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         seed: kept for a common interface; the solver draws nothing.
     Attributes:
         grids_: list of arrays, one an axis. solution_: values on the grid.
+        unit_: power of ten that the field was solved in; its variances and precisions are given in the unit of u.
         residual_: left-hand side less the source, on the grid.
         kernel_parameters_: one dict of arrays an axis. log_joint_: of the fit, in nats.
         tau_equation_, tau_boundary_: learned precisions. history_: log joint and residual of every step.
@@ -142,16 +145,21 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         self._check_orders(problem)
         _check_resolution(problem.source, "source", most=True)
         kernels = self._kernels(problem.axes)
-        found = self._solve(kernels, problem)
+        options = InnerOptions(
+            boundary_weight=self.boundary_weight, tol=self.inner_tol, max_iterations=self.inner_iterations
+        )
+        self.unit_ = unit_of(kernels, problem, options, self.jitter)
+        found = self._solve(kernels, in_unit(problem, self.unit_), options)
+        shift = log_joint_shift(problem, self.unit_, self.boundary_weight)
         self.grids_ = [axis.cpu().numpy() for axis in problem.axes]
-        self.solution_ = found.u.cpu().numpy()
+        self.solution_ = self.unit_ * found.u.cpu().numpy()
         self.kernel_parameters_ = [
             {name: p.detach().cpu().numpy() for name, p in kernel.named_parameters()} for kernel in kernels
         ]
-        self.log_joint_ = found.log_joint
-        self.tau_equation_ = float(np.exp(found.precisions.log_equation))
-        self.tau_boundary_ = float(np.exp(found.precisions.log_boundary))
-        self.history_ = found.history
+        self.log_joint_ = found.log_joint + shift
+        self.tau_equation_ = float(np.exp(found.precisions.log_equation)) / self.unit_**2
+        self.tau_boundary_ = float(np.exp(found.precisions.log_boundary)) / self.unit_**2
+        self.history_ = [row | {"log_joint": row["log_joint"] + shift} for row in found.history]
         self.residual_ = self._residual(problem)
         self.n_iter_ = self.n_steps
         self.converged_ = found.converged
@@ -196,25 +204,28 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
 
     def components_(self, axis: int = 0) -> list[SpectralComponent]:
         """Weight, frequency and scale of the bumps of one axis, heaviest first."""
-        return self._fitted_kernels()[axis].components()
+        found = self._fitted_kernels()[axis].components()
+        return [replace(part, weight=part.weight * self._variance_unit()) for part in found]
 
     def spectrum(self, frequencies: Any, axis: int = 0) -> np.ndarray:
         """Learned spectral density of one axis at frequencies in cycles per unit of length."""
         with torch.no_grad():
-            return self._fitted_kernels()[axis].spectrum(torch.as_tensor(np.asarray(frequencies))).numpy()
+            density = self._fitted_kernels()[axis].spectrum(torch.as_tensor(np.asarray(frequencies)))
+        return self._variance_unit() * density.numpy()
+
+    def _variance_unit(self) -> float:
+        """Unit of one axis' variance: their product over the axes is that of the field."""
+        return float(self.unit_ ** (2 / len(self.grids_)))
 
     def effective_components(self, axis: int = 0) -> float:
         """exp(entropy) of the weights of one axis: how many bumps are left."""
         return self._fitted_kernels()[axis].effective_components()
 
-    def _solve(self, kernels: Sequence[SpectralMixture1D], problem: GridProblem) -> Fit:
+    def _solve(self, kernels: Sequence[SpectralMixture1D], problem: GridProblem, options: InnerOptions) -> Fit:
         if self.solver == "adam":
             return adam_fit(
                 kernels, problem, n_steps=self.n_steps, boundary_weight=self.boundary_weight, jitter=self.jitter
             )
-        options = InnerOptions(
-            boundary_weight=self.boundary_weight, tol=self.inner_tol, max_iterations=self.inner_iterations
-        )
         return profile_fit(kernels, problem, n_steps=self.n_steps, options=options, jitter=self.jitter)
 
     def _residual(self, problem: GridProblem) -> np.ndarray:

@@ -24,6 +24,7 @@ SIDES = ("low", "high")
 FEWEST_POINTS = 8
 # Of the spacing: linspace in float64 is uniform to 1e-12, a hand-typed table to perhaps 1e-6.
 UNIFORM = 1e-4
+LARGEST = 1e120
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,12 @@ def _finite(array: np.ndarray, name: str) -> None:
     if bad.any():
         at = tuple(map(int, np.argwhere(bad)[0]))
         raise ValueError(f"{name} has {int(bad.sum())} values that are NaN or infinite, the first at index {at}")
+    large = np.abs(array) > LARGEST
+    if large.any():
+        at = tuple(map(int, np.argwhere(large)[0]))
+        raise ValueError(
+            f"{name} has a value beyond {LARGEST:g}, whose square leaves float64, at index {at}; use a larger unit"
+        )
 
 
 def _conditions(boundary: Any, axes: Sequence[Tensor], coordinates: Sequence[Tensor]) -> tuple[Condition, ...]:

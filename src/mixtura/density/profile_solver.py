@@ -331,6 +331,7 @@ def profile_fit(
     options: InnerOptions,
     jitter: float,
     lr: float = 0.05,
+    weight_lr: float | None = None,
 ) -> Fit:
     """Maximise the log joint over kernels, field and precisions; the kernels end at the best step's parameters.
 
@@ -340,8 +341,9 @@ def profile_fit(
     Args:
         n_steps: Adam steps on the kernels, >= 0.
         lr: Adam's rate for log-weights and log-scales, and for frequencies in units of their initial spacing.
+        weight_lr: another rate for the weights, which linear ones need.
     """
-    optimizer = torch.optim.Adam(_groups(kernels, lr))
+    optimizer = torch.optim.Adam(_groups(kernels, lr, lr if weight_lr is None else weight_lr))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     rough = options
     if len(problem.axes) > 1:
@@ -381,15 +383,14 @@ def _solved_from(
     return inner_solve(whitened, problem, options, start=whitened.whiten(before[0]), precisions=before[1])
 
 
-def _groups(kernels: Sequence[SpectralMixture1D], lr: float) -> list[dict[str, Any]]:
+def _groups(kernels: Sequence[SpectralMixture1D], lr: float, weight_lr: float) -> list[dict[str, Any]]:
     """Parameter groups; a frequency moves by a share of the initial spacing, whatever the unit of length."""
-    groups: list[dict[str, Any]] = []
-    for kernel in kernels:
-        others = [p for name, p in kernel.named_parameters() if name != "frequency" and p.requires_grad]
-        groups.append({"params": others, "lr": lr})
-        if kernel.frequency.requires_grad:
-            groups.append({"params": [kernel.frequency], "lr": lr * kernel.frequency_spacing})
-    return groups
+    return [
+        {"params": [p], "lr": {"frequency": lr * kernel.frequency_spacing, "raw_weight": weight_lr}.get(name, lr)}
+        for kernel in kernels
+        for name, p in kernel.named_parameters()
+        if p.requires_grad
+    ]
 
 
 def _history(state: InnerState, kernels: Sequence[SpectralMixture1D]) -> dict[str, float]:
