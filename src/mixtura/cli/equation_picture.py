@@ -61,7 +61,7 @@ def _draw_line(figure: Any, left: Any, middle: Any, problem: FileProblem, found:
 
 def _draw_plane(figure: Any, left: Any, middle: Any, problem: FileProblem, found: Found) -> None:
     """The first two axes, the others at their middle."""
-    at = (slice(None), slice(None), *(len(grid) // 2 for grid in problem.grids[2:]))
+    at: tuple[Any, ...] = (slice(None), slice(None), *(len(grid) // 2 for grid in problem.grids[2:]))
     x, y = problem.grids[:2]
     extent = (x[0], x[-1], y[0], y[-1])
     u = found.model.solution_[at]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # heavy, and `--help` needs none of it
 
     from mixtura.density.equation_process import SpectralProcessSolver
     from mixtura.density.problem_file import FileProblem
+    from mixtura.density.spectral_mixture import Kind
 
 __all__ = ["Found", "add_to"]
 
@@ -164,12 +166,13 @@ def _read(problem: Path | None, example: str | None, points: int | None) -> tupl
     return ready_problem(example).problem(points), example.upper()
 
 
-def _kinds(asked: KindName | None, in_file: str | None) -> list[str]:
+def _kinds(asked: KindName | None, in_file: str | None) -> list[Kind]:
     kind = asked.value if asked is not None else in_file or KindName.auto.value
-    return [name.value for name in KindName if name is not KindName.auto] if kind == KindName.auto.value else [kind]
+    names = [name.value for name in KindName if name is not KindName.auto] if kind == KindName.auto.value else [kind]
+    return cast("list[Kind]", names)  # the solver refuses what a file may say instead
 
 
-def _announced(problem: FileProblem, name: str, kinds: list[str], options: dict[str, Any]) -> str:
+def _announced(problem: FileProblem, name: str, kinds: Sequence[str], options: dict[str, Any]) -> str:
     sizes = [len(grid) for grid in problem.grids]
     orders = 1 + max(max(term.orders) for term in problem.equation.terms)
     # An axis keeps its covariances and their factors and, for a moment, gradients; the least squares keep a few dozen fields.
@@ -182,7 +185,7 @@ def _announced(problem: FileProblem, name: str, kinds: list[str], options: dict[
     )
 
 
-def _solve(problem: FileProblem, kinds: list[str], options: dict[str, Any], say: Any) -> list[Found]:
+def _solve(problem: FileProblem, kinds: Sequence[Kind], options: dict[str, Any], say: Any) -> list[Found]:
     import numpy as np
 
     from mixtura.density.equation_process import SpectralProcessSolver
