@@ -143,3 +143,12 @@ def test_what_a_kernel_does_not_have_is_refused():
         SpectralMixture1D(n_components=0)
     with pytest.raises(ValueError, match="max_frequency must be finite and >= 0"):
         SpectralMixture1D(max_frequency=math.inf)
+
+
+def test_many_distances_are_worth_what_each_is_alone():
+    kernel = small("gaussian")
+    d = torch.linspace(-1, 1, 30_000, dtype=torch.float64).reshape(100, 300)
+    many = kernel(d, 2)
+    for i, j in ((0, 0), (27, 92), (99, 299)):
+        torch.testing.assert_close(many[i, j], kernel(d[i, j], 2), rtol=1e-13, atol=1e-12)
+    assert kernel(d[:0]).shape == (0, 300)

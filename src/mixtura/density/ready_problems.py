@@ -6,6 +6,7 @@ P1 to P5: Poisson in one dimension. Q1, Q2: in two. A1, A2: Allen-Cahn in one di
 speed 200. Source: 2311.04465, sec. 6 and appendix; P2 follows the authors' program (sine), whose comment says cosine.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -80,7 +81,7 @@ class ReadyProblem:
     def _frequency(self, points: int) -> float:
         # The paper's grid of Q2 resolves less than its F; what lies above are aliases.
         length = float(Expression(self.length, ())())
-        return min(self.max_frequency, round((points - 1) / (2 * length), 6))
+        return min(self.max_frequency, math.floor(1e6 * (points - 1) / (2 * length)) / 1e6)
 
 
 def ready_problem(name: str) -> ReadyProblem:
