@@ -64,11 +64,11 @@ def _draw_plane(figure: Any, left: Any, middle: Any, problem: FileProblem, found
     at: tuple[Any, ...] = (slice(None), slice(None), *(len(grid) // 2 for grid in problem.grids[2:]))
     x, y = problem.grids[:2]
     extent = (x[0], x[-1], y[0], y[-1])
-    u = found.model.solution_[at]
+    u = found.u[at]
     size = float(np.abs(u).max()) or 1.0
     off, title = found.model.residual_, "residual of the equation, log10"
     if found.truth is not None:
-        off, title = found.model.solution_ - found.truth, "absolute error, log10"
+        off, title = found.u - found.truth, "absolute error, log10"
     shown = np.log10(np.abs(off[at]) + FLOOR)
     high = float(shown.max())
     images = (
@@ -90,8 +90,8 @@ def _draw_spectrum(axes: Any, problem: FileProblem, found: Found) -> None:
         density = found.model.spectrum(frequencies, i)
         top = max(top, float(density.max()))
         axes.semilogy(frequencies, density, color=colours[i % 3], linewidth=1.1, alpha=0.85, label=name)
-    axes.set(ylim=(1e-8 * top, 4 * top), xlabel="cycles per unit of length")
-    axes.set_title("spectrum learned, up to what the grid resolves", fontsize=9)
+    axes.set(ylim=(1e-8 * top, 4 * top), xlabel="cycles per unit of length, to what the grid resolves")
+    axes.set_title("spectrum learned", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     if len(problem.names) > 1:
         axes.legend(frameon=False, fontsize=8)
