@@ -90,7 +90,7 @@ def _draw_spectrum(axes: Any, problem: FileProblem, found: Found) -> None:
         density = found.model.spectrum(frequencies, i)
         top = max(top, float(density.max()))
         axes.semilogy(frequencies, density, color=colours[i % 3], linewidth=1.1, alpha=0.85, label=name)
-    axes.set(ylim=(1e-8 * top, 4 * top), xlabel="cycles per unit of length, to what the grid resolves")
+    axes.set(ylim=(1e-8 * top, 4 * top), xlabel="cycles per unit of length")
     axes.set_title("spectrum learned", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     if len(problem.names) > 1:
