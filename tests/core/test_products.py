@@ -83,6 +83,20 @@ def test_the_packed_kernel_matches_float64_wherever_a_run_of_bytes_crosses_group
     assert (native.packed(x, codes, scale, zero, bits).double() - want).abs().max() <= 1e-4 * want.abs().max()
 
 
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("n_out", "n_groups", "size"), [(8, 1, 16), (24, 3, 48), (10, 4, 128), (64, 2, 512)])
+def test_packed_codes_become_the_values_they_stand_for_to_the_bit(bits, n_out, n_groups, size):
+    matrix = nearest(draw(n_out, n_groups * size, dtype=torch.float32), bits, size)
+    codes = pack(matrix.codes.view(n_out, n_groups, size).transpose(0, 1).reshape(-1), bits)
+    zero = None if matrix.zero is None else matrix.zero.T.contiguous()
+    reason = native.why_not_packed(torch.zeros(1, n_groups * size), bits, n_groups, n_out)
+    if reason is not None:
+        pytest.skip(reason)
+    scale = matrix.scale.half().T.contiguous().view(torch.int16)
+    got = native.packed_values(codes, scale, zero, bits, n_groups * size)
+    assert torch.equal(got, matrix.dequantize())
+
+
 def test_the_packed_kernel_reads_every_float16_scale_down_to_the_smallest():
     # float16 has subnormal scales down to 6e-8; a group of zeros gets one.
     x, scale = torch.ones(1, 16), torch.tensor([[6e-8, 1.0, 65504.0, 1e-5, 0.1, 2.0, 3e-6, 0.5]])

@@ -253,9 +253,11 @@ def demo(
     with Meter() as meter:
         life = live(source, domains, out, config, device=device, on_stage=lambda stage: say(stage_line(stage)))
     write_report(life, out, seconds=meter.seconds)
-    say(
-        f"\n{out / 'report.html'} shows it; {out / 'mixture'} loads with transformers, {out / 'compressed'} after import mixtura"
-    )
+    # Attention experts are in no family of transformers.
+    which = f"{out / 'mixture'} and {out / 'compressed'} load"
+    if life.chosen == "copy":
+        which = f"{out / 'mixture'} loads with transformers, {out / 'compressed'}"
+    say(f"\n{out / 'report.html'} shows it; {which} with transformers after import mixtura")
     return life_table(life)
 
 

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors
 from mixtura.core.measure import bfloat16_over_float32
+from mixtura.lm.anatomy import find_moe
 from mixtura.lm.card import model_card
 from mixtura.lm.families.save import save_checkpoint
 
@@ -85,19 +86,25 @@ def load(
 
     Args:
         source: directory or hub id.
-        dtype: type of the weights in memory. ``"auto"`` keeps the checkpoint's; ``"quick"`` does too, but for float32 where
-            this processor multiplies 16-bit floats slower than that (see :func:`quick_dtype`).
+        dtype: type of the weights in memory. ``"auto"`` keeps the checkpoint's; ``"quick"``, for inference, does too, but for
+            float32 where this processor multiplies 16-bit floats slower than that (see :func:`quick_dtype`), and gives a mixture
+            on a CPU mixtura's experts engine.
         device: where the model goes.
     Raises:
         CheckpointError: what is wrong with the checkpoint; a damaged or foreign file is named.
     """
     config = load_config(source)
-    if dtype == "quick":
+    quick = dtype == "quick"
+    if quick:
         dtype = quick_dtype(getattr(config, "dtype", None), device)
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if quick and torch.device(device).type == "cpu" and find_moe(model):
+        import mixtura.lm.experts_forward  # noqa: F401 (registers the engine)
+
+        model.set_experts_implementation("mixtura")
     return model.to(device), load_tokenizer(source)
 
 
