@@ -235,6 +235,7 @@ void packed_values(const uint8_t *codes, const uint16_t *scale, const uint8_t *z
    does not depend on which thread comes first. Returns 0, or 1 where memory is short. */
 int packed_product(const uint8_t *codes, const uint16_t *scale, const uint8_t *zero, int64_t width, int64_t n_groups,
                    int64_t n_out, int64_t size, const float *x, int64_t n, float *y, int64_t parts) {
+    if (n == 0) return 0;
     int64_t n_runs = runs_in(width, n_groups, n_out), lanes = n == 1 ? LANES : 1;
     size_t part_bytes = (sizeof(float) * n * n_out * lanes + sizeof(vec) - 1) / sizeof(vec) * sizeof(vec);
     size_t sums_bytes = sizeof(vec) * n * n_groups, x_bytes = sizeof(int16_t) * n * n_groups * size;
