@@ -67,7 +67,7 @@ def test_the_c_kernel_matches_float64_for_every_tile(dtype, n_rows, n_out, n_in)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
-@pytest.mark.parametrize("n_rows", [1, 2, 4, 7])
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 4, 7])
 @pytest.mark.parametrize(("n_out", "n_groups", "size"), [(8, 1, 16), (24, 3, 48), (10, 4, 128), (64, 2, 512)])
 def test_the_packed_kernel_matches_float64_wherever_a_run_of_bytes_crosses_groups(bits, n_rows, n_out, n_groups, size):
     matrix = nearest(draw(n_out, n_groups * size, dtype=torch.float32), bits, size)
@@ -80,7 +80,22 @@ def test_the_packed_kernel_matches_float64_wherever_a_run_of_bytes_crosses_group
         pytest.skip(reason)
     want = x.double() @ matrix.dequantize().double().T
     # Each input is off by up to 2^-17 of its group's largest one, about 2^-15 of a typical one; sums over inputs average it.
-    assert (native.packed(x, codes, scale, zero, bits).double() - want).abs().max() <= 1e-4 * want.abs().max()
+    got = native.packed(x, codes, scale, zero, bits).double()
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()) if n_rows else 0)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+@pytest.mark.parametrize(("n_out", "n_groups", "size"), [(8, 1, 16), (24, 3, 48), (10, 4, 128), (64, 2, 512)])
+def test_packed_codes_become_the_values_they_stand_for_to_the_bit(bits, n_out, n_groups, size):
+    matrix = nearest(draw(n_out, n_groups * size, dtype=torch.float32), bits, size)
+    codes = pack(matrix.codes.view(n_out, n_groups, size).transpose(0, 1).reshape(-1), bits)
+    zero = None if matrix.zero is None else matrix.zero.T.contiguous()
+    reason = native.why_not_packed(torch.zeros(1, n_groups * size), bits, n_groups, n_out)
+    if reason is not None:
+        pytest.skip(reason)
+    scale = matrix.scale.half().T.contiguous().view(torch.int16)
+    got = native.packed_values(codes, scale, zero, bits, n_groups * size)
+    assert torch.equal(got, matrix.dequantize())
 
 
 def test_the_packed_kernel_reads_every_float16_scale_down_to_the_smallest():

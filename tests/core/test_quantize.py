@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixtura.core.gptq import NonFiniteHessian, gptq
-from mixtura.core.quantize import group_parameters, nearest, values
+from mixtura.core.quantize import group_parameters, nearest, split, values
 
 
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -32,6 +32,14 @@ def test_one_bit_is_the_sign_times_the_mean_magnitude():
     weight = torch.tensor([[1.0, -3.0, 0.0, 4.0]])
     found = nearest(weight, 1, 4)
     assert found.dequantize().tolist() == [[2.0, -2.0, 2.0, 2.0]]
+
+
+@pytest.mark.parametrize("bits", [1, 3])
+def test_parts_of_a_quantized_matrix_are_the_parts_of_its_values(bits: int):
+    matrix = nearest(torch.randn(7, 32, generator=torch.Generator().manual_seed(0)), bits, 16)
+    parts = split(matrix, [2, 1, 4])
+    assert torch.equal(torch.cat([part.dequantize() for part in parts]), matrix.dequantize())
+    assert [part.bits for part in parts] == [bits] * 3
 
 
 def test_zero_is_always_on_the_asymmetric_grid():

@@ -6,7 +6,7 @@ from tiny_models import E, families, folder_of, tiny_model
 from torch import nn
 
 from mixtura.core.gates import Routing
-from mixtura.lm.anatomy import MoEBlock, find_moe, recorded_routing, rerouted
+from mixtura.lm.anatomy import MoEBlock, find_moe, idle_experts, recorded_routing, rerouted
 from mixtura.lm.decode.routing import RoutingRule, routed
 
 # What cannot be served, and why: fewer than five families, or the anatomy has to learn more.
@@ -188,6 +188,21 @@ def test_the_model_is_left_alone_after_an_exception():
         run(model, ids)
     assert torch.equal(run(model, ids), plain)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_idle_experts_answer_zeros_and_work_again_afterwards():
+    model = tiny_model("mixtral")
+    block = find_moe(model)[0]
+    ids = torch.randint(2, 60, (2, 9))
+    want = run(model, ids)
+    answers = []
+    block.experts.register_forward_hook(lambda module, args, output: answers.append(output))
+    with idle_experts(block), pytest.raises(RuntimeError, match="inside"):
+        run(model, ids)
+        raise RuntimeError("inside")
+    assert not answers[0].any() and answers[0].shape == (18, 32)
+    torch.testing.assert_close(run(model, ids), want)
+    assert answers[1].any()
 
 
 def test_router_logits_that_the_model_reports_stay_raw():

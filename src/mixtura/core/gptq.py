@@ -14,6 +14,8 @@ from mixtura.core.quantize import Quantized, check, group_parameters, round_to, 
 
 __all__ = ["NonFiniteHessian", "gptq"]
 
+SMALL = 256  # size below which a triangular inverse is not cut further
+
 
 class NonFiniteHessian(ValueError):
     """The Hessian holds NaN or infinity, so its layer saw inputs that were not finite."""
@@ -52,30 +54,33 @@ def gptq(
         raise ValueError(f"hessian must have shape ({n}, {n}) for a weight of width {n}, got {tuple(hessian.shape)}")
     if not hessian.isfinite().all():
         raise NonFiniteHessian("the Hessian is not finite; some input of this layer was NaN or infinite")
-    left = weight.detach().to(torch.promote_types(weight.dtype, torch.float32)).clone()
-    upper = inverse_factor(hessian, damping).to(left.dtype)
-    codes = torch.empty_like(left, dtype=torch.uint8)
+    # Transposed, so that a column of the weight is one stretch of memory.
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    left_IO = weight.detach().T.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    upper = inverse_factor(hessian, damping).to(dtype)
+    codes_IO = torch.empty_like(left_IO, dtype=torch.uint8)
     scales, zeros = [], []
     for first in range(0, n, group_size):
         last = first + group_size
-        block = left[:, first:last]
-        factor = upper[first:last, first:last]
-        scale, zero = group_parameters(block.float(), bits, symmetric=symmetric)
+        block, factor = left_IO[first:last], upper[first:last, first:last]
+        scale, zero = group_parameters(block.T.float(), bits, symmetric=symmetric)
         scales.append(scale)
         zeros.append(zero)
         errors = torch.empty_like(block)
-        grid = scale.to(left.dtype)
-        for i in range(group_size):
-            column = block[:, i]
-            codes[:, first + i] = round_to(column, grid, zero, bits)
-            rounded = values(codes[:, first + i], grid, zero, bits).to(left.dtype)
-            errors[:, i] = (column - rounded) / factor[i, i]
+        grid = scale.to(dtype)
+        for i, diagonal in enumerate(factor.diagonal().tolist()):
+            codes = codes_IO[first + i] = round_to(block[i], grid, zero, bits)
+            errors[i] = (block[i] - values(codes, grid, zero, bits).to(dtype)) / diagonal
             if intra_block:
-                block[:, i:] -= errors[:, i, None] * factor[i, None, i:]
-        left[:, last:] -= errors @ upper[first:last, last:]
+                block[i:].addr_(factor[i, i:], errors[i], alpha=-1)
+        left_IO[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     zero_points = [zero for zero in zeros if zero is not None]
     return Quantized(
-        codes, torch.stack(scales, -1), torch.stack(zero_points, -1) if zero_points else None, bits, group_size
+        codes_IO.T.contiguous(),
+        torch.stack(scales, -1),
+        torch.stack(zero_points, -1) if zero_points else None,
+        bits,
+        group_size,
     )
 
 
@@ -85,7 +90,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Row i of it, divided by its diagonal, is how an error in column i spreads to the columns after it once those before
     it are fixed.
     """
-    damped = hessian.double().clone()
+    # Backwards, since H = R R^T with R upper triangular is the ordinary factorisation of H read from its last row, and
+    # then H^-1 = U^T U with U = R^-1: one factorisation, one triangular inverse.
+    damped = hessian.double().flip(0, 1)
     diagonal = damped.diagonal()
     dead = diagonal <= 0
     diagonal[dead] = 1.0
@@ -99,5 +106,21 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         diagonal += 10 * damping * diagonal.mean() + 1e-12
     else:
         raise NonFiniteHessian("the Hessian is not positive definite even with strong damping")
-    spread: Tensor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    return spread
+    return _inverse(factor).flip(0, 1)
+
+
+def _inverse(lower: Tensor) -> Tensor:
+    """Inverse of a lower triangular matrix, block by block: a third of the work of solving for a whole unit matrix."""
+    n = len(lower)
+    if n <= SMALL:
+        unit = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        found: Tensor = torch.linalg.solve_triangular(lower, unit, upper=False)
+        return found
+    half = n // 2
+    first, second = lower[:half, :half], lower[half:, half:]
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half] = _inverse(first)
+    inverse[half:, half:] = _inverse(second)
+    # -C^-1 B A^-1 of [[A, 0], [B, C]]
+    inverse[half:, :half] = -(inverse[half:, half:] @ (lower[half:, :half] @ inverse[:half, :half]))
+    return inverse

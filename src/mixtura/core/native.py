@@ -29,7 +29,7 @@ from torch import Tensor
 from mixtura.core.cache import cache_directory
 from mixtura.core.packing import PLANES
 
-__all__ = ["packed", "relu_layers", "skinny", "why_not", "why_not_packed", "why_not_relu_layers"]
+__all__ = ["packed", "packed_values", "relu_layers", "skinny", "why_not", "why_not_packed", "why_not_relu_layers"]
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,10 @@ def skinny(x: Tensor, weight: Tensor, spans: Sequence[tuple[int, int, int]]) -> 
 
 
 def why_not_packed(x: Tensor, bits: int, groups: int, n_out: int) -> str | None:
-    """Reason why `packed` cannot multiply x (M, I) with a matrix of n_out rows of codes in so many groups, or None."""
+    """Reason why `packed` cannot multiply x (M, I) with a matrix of n_out rows of codes in so many groups, or None.
+
+    Where it can, `packed_values` can give the matrix.
+    """
     if x.device.type != "cpu":
         return f"packed runs on the CPU, got {x.device}"
     if x.dtype == torch.float64:
@@ -127,6 +130,24 @@ def packed(x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, bits: i
     if failed:
         raise MemoryError(f"no memory for a product of {rows} x {n_in} with {n_out} x {n_in} packed weights")
     return y_MO
+
+
+def packed_values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, width: int) -> Tensor:
+    """The matrix that `packed` multiplies with, float32, shape (O, I), for a width I."""
+    library = _library()
+    assert not isinstance(library, str), library
+    assert codes.is_contiguous() and scale.is_contiguous() and (zero is None or zero.is_contiguous())
+    groups, n_out = scale.shape
+    y_OI = torch.empty(n_out, width)
+    library.packed_values(
+        ctypes.c_void_p(codes.data_ptr()),
+        ctypes.c_void_p(scale.data_ptr()),
+        ctypes.c_void_p(None if zero is None else zero.data_ptr()),
+        *map(ctypes.c_int64, (bits, groups, n_out, width // groups)),
+        ctypes.c_void_p(y_OI.data_ptr()),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    return y_OI
 
 
 def why_not_relu_layers(cross: Tensor) -> str | None:
@@ -181,7 +202,7 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         log.info("few-row products stay with PyTorch: %s", error)
         return f"building or loading failed: {error}"
-    for symbol in (*_SYMBOLS.values(), "relu_layers"):
+    for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values"):
         getattr(library, symbol).restype = None
     return library
 

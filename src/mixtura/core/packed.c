@@ -25,6 +25,7 @@ typedef float vec __attribute__((vector_size(32)));
 typedef int32_t ints __attribute__((vector_size(32)));
 typedef int16_t shorts __attribute__((vector_size(32)));
 typedef uint8_t bytes __attribute__((vector_size(16)));
+typedef int16_t few_shorts __attribute__((vector_size(16)));
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 
@@ -48,6 +49,13 @@ INLINE ints add_products(ints sum, shorts a, shorts b) {
     UNROLL for (int i = 0; i < LANES; i++) sum[i] += (int32_t)a[2 * i] * b[2 * i] + (int32_t)a[2 * i + 1] * b[2 * i + 1];
     return sum;
 #endif
+}
+
+/* Eight integers as floats, from the lower or the upper half. */
+INLINE vec half_of(const shorts *v, int upper) {
+    few_shorts few;
+    memcpy(&few, (const char *)v + upper * sizeof few, sizeof few);
+    return __builtin_convertvector(__builtin_convertvector(few, ints), vec);
 }
 
 INLINE float total(vec v) {
@@ -97,22 +105,36 @@ typedef struct {
     const float *x_scale; /* (n, n_groups): what an integer of x stands for */
     const vec *sums;      /* (n, n_groups): sums of the integers over a group, lane by lane */
     vec *y;               /* (n_out) when n == 1: totals of the lanes are taken at the end */
-    float *y_rows;        /* (n, n_out) otherwise */
+    float *y_rows;        /* (n, n_out) otherwise; where n == 0 the values of the matrix, (n_out, n_groups * size) */
 } job;
 
 /* The bytes of run r: what they add to the outputs that they have codes of, number out[f] of group[f]. */
 INLINE void run_of(int width, int rows, const job *j, int64_t r, const int64_t *group, const int64_t *out) {
     int64_t size = j->size, n = j->n, n_out = j->n_out;
     const uint8_t *plane = j->codes + r * size, *second = plane + j->n_runs * size, *top = second + j->n_runs * size;
-    const int16_t *x_of[MOST_ROWS];
     float factor[MOST_ROWS], shift[MOST_ROWS];
     UNROLL for (int f = 0; f < rows; f++) {
         int64_t q = r + f * j->n_runs;
-        x_of[f] = j->x + group[f] * size;
         /* One bit stands for -scale and +scale: (2 code - 1) scale. */
         factor[f] = width == 1 ? 2 * half(j->scale[q]) : half(j->scale[q]);
         shift[f] = width == 1 ? 0.5f : (float)j->zero[q];
     }
+    if (n == 0) {
+        for (int64_t s = 0; s < size; s += STEP) {
+            loaded v = load_step(width, plane + s, second + s, top + s);
+            UNROLL for (int f = 0; f < rows; f++) {
+                shorts code = codes_at(width, f, &v);
+                float *to = j->y_rows + (out[f] * j->n_groups + group[f]) * size + s;
+                UNROLL for (int upper = 0; upper < 2; upper++) {
+                    vec value = (half_of(&code, upper) * unplaced(width, f) - shift[f]) * factor[f];
+                    memcpy(to + upper * LANES, &value, sizeof value);
+                }
+            }
+        }
+        return;
+    }
+    const int16_t *x_of[MOST_ROWS];
+    UNROLL for (int f = 0; f < rows; f++) x_of[f] = j->x + group[f] * size;
     if (n == 1) {
         ints dots[MOST_ROWS] = {{0}};
         for (int64_t s = 0; s < size; s += STEP) {
@@ -192,11 +214,29 @@ static void round_group(const float *x, int64_t size, int16_t *to, float *scale,
     *sums = __builtin_convertvector(sum, vec);
 }
 
+static void (*runs_for(int64_t width))(const job *, int64_t, int64_t) {
+    return width == 1 ? runs_1 : width == 2 ? runs_2 : width == 3 ? runs_3 : width == 4 ? runs_4 : runs_8;
+}
+
+static int64_t runs_in(int64_t width, int64_t n_groups, int64_t n_out) {
+    return n_groups * n_out / (width == 3 ? 8 : 8 / width);
+}
+
+/* y: (n_out, n_groups * size). */
+void packed_values(const uint8_t *codes, const uint16_t *scale, const uint8_t *zero, int64_t width, int64_t n_groups,
+                   int64_t n_out, int64_t size, float *y, int64_t parts) {
+    int64_t n_runs = runs_in(width, n_groups, n_out);
+    job j = {codes, scale, zero, n_groups, n_out, size, n_runs, 0, NULL, NULL, NULL, NULL, y};
+    _Pragma("omp parallel for schedule(static, 1) num_threads((int)parts)") for (int64_t p = 0; p < parts; p++)
+        runs_for(width)(&j, n_runs * p / parts, n_runs * (p + 1) / parts);
+}
+
 /* x: (n, n_groups * size), y: (n, n_out). Every part sums its own share of the runs, always the same one, so the result
    does not depend on which thread comes first. Returns 0, or 1 where memory is short. */
 int packed_product(const uint8_t *codes, const uint16_t *scale, const uint8_t *zero, int64_t width, int64_t n_groups,
                    int64_t n_out, int64_t size, const float *x, int64_t n, float *y, int64_t parts) {
-    int64_t rows = width == 3 ? 8 : 8 / width, n_runs = n_groups * n_out / rows, lanes = n == 1 ? LANES : 1;
+    if (n == 0) return 0;
+    int64_t n_runs = runs_in(width, n_groups, n_out), lanes = n == 1 ? LANES : 1;
     size_t part_bytes = (sizeof(float) * n * n_out * lanes + sizeof(vec) - 1) / sizeof(vec) * sizeof(vec);
     size_t sums_bytes = sizeof(vec) * n * n_groups, x_bytes = sizeof(int16_t) * n * n_groups * size;
     size_t scale_bytes = (sizeof(float) * n * n_groups + sizeof(vec) - 1) / sizeof(vec) * sizeof(vec);
@@ -209,15 +249,10 @@ int packed_product(const uint8_t *codes, const uint16_t *scale, const uint8_t *z
     memset(outs, 0, parts * part_bytes);
     for (int64_t i = 0; i < n * n_groups; i++)
         round_group(x + i * size, size, integers + i * size, x_scale + i, sums + i);
-    void (*runs)(const job *, int64_t, int64_t) = width == 1   ? runs_1
-                                                  : width == 2 ? runs_2
-                                                  : width == 3 ? runs_3
-                                                  : width == 4 ? runs_4
-                                                               : runs_8;
     _Pragma("omp parallel for schedule(static, 1) num_threads((int)parts)") for (int64_t p = 0; p < parts; p++) {
         char *out = outs + p * part_bytes;
         job j = {codes, scale, zero, n_groups, n_out, size, n_runs, n, integers, x_scale, sums, (vec *)out, (float *)out};
-        runs(&j, n_runs * p / parts, n_runs * (p + 1) / parts);
+        runs_for(width)(&j, n_runs * p / parts, n_runs * (p + 1) / parts);
     }
     for (int64_t i = 0; i < n * n_out; i++) {
         float sum = 0;

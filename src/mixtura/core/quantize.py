@@ -11,6 +11,7 @@ Shapes: O outputs, I inputs, G groups a row (G = I / group_size).
 Scales are rounded to float16, in which they are stored, before the codes are chosen: what is measured is what is saved.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mixtura.core.packing import WIDTHS
 
-__all__ = ["Quantized", "group_parameters", "nearest", "round_to"]
+__all__ = ["Quantized", "group_parameters", "nearest", "round_to", "split"]
 
 SMALLEST = 6e-8  # smallest positive float16; a group of zeros would otherwise divide by zero
 CLIPS = tuple(1.0 - 0.02 * i for i in range(11))  # 1.00, 0.98, ..., 0.80 (MixLLM 2412.14590, sec. 3)
@@ -81,6 +82,14 @@ def nearest(
         scale, zero = _clipped(grouped, bits, symmetric, hessian)
     codes = round_to(grouped, scale[..., None], _zero(zero), bits)
     return Quantized(codes.flatten(-2), scale, zero, bits, group_size)
+
+
+def split(matrix: Quantized, rows: Sequence[int]) -> list[Quantized]:
+    """A quantized matrix cut into parts of so many rows each."""
+    sizes = list(rows)
+    zeros = [None] * len(sizes) if matrix.zero is None else torch.split(matrix.zero, sizes)
+    parts = zip(torch.split(matrix.codes, sizes), torch.split(matrix.scale, sizes), zeros, strict=True)
+    return [Quantized(codes, scale, zero, matrix.bits, matrix.group_size) for codes, scale, zero in parts]
 
 
 def group_parameters(

@@ -160,7 +160,7 @@ def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torc
     matrices = [p for p in trained.values() if p.dim() >= 2]
     vectors = [p for p in trained.values() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, betas=config.betas, fused=True)
 
 
 def _step(

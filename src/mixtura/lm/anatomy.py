@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mixtura.core.gates import Routing
 from mixtura.lm.scoring import Scoring, find_scoring, router_logits
 
-__all__ = ["MoEBlock", "find_moe", "recorded_routing", "rerouted"]
+__all__ = ["MoEBlock", "find_moe", "idle_experts", "recorded_routing", "rerouted", "run_layers"]
 
 CALL = ("hidden_states", "top_k_index", "top_k_weights")
 GATE_NAMES = ("gate", "router")
@@ -167,6 +168,25 @@ def rerouted(model: nn.Module | Sequence[MoEBlock], change: Change) -> Iterator[
         for block in blocks:
             _attach(block, change, hooks)
         yield
+
+
+def run_layers(model: Any, ids: Tensor) -> None:
+    """Run a model on token ids (B, L) for the sake of hooks on its layers; no logits are computed where it has a base."""
+    getattr(model, "base_model", model)(input_ids=ids.to(next(model.parameters()).device), use_cache=False)
+
+
+@contextmanager
+def idle_experts(block: MoEBlock) -> Iterator[None]:
+    """Let a layer's experts answer zeros inside the block: for passes of which only what is before them matters."""
+    experts: Any = block.experts
+    own = experts.__dict__.get("forward")  # libraries that move weights about put their own there
+    experts.forward = lambda *args, **kwargs: torch.zeros_like(_arguments(args, kwargs)[0])
+    try:
+        yield
+    finally:
+        del experts.forward
+        if own is not None:
+            experts.forward = own
 
 
 def _attach(block: MoEBlock, change: Change, hooks: ExitStack) -> None:

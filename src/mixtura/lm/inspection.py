@@ -15,7 +15,7 @@ from torch import Tensor
 from mixtura.core.checkpoint import write_json
 from mixtura.core.page import figure_html, new_figure, table_html, write_page
 from mixtura.core.progress import progress
-from mixtura.lm.anatomy import MoEBlock, find_moe, recorded_routing
+from mixtura.lm.anatomy import MoEBlock, find_moe, recorded_routing, run_layers
 from mixtura.lm.tokens import blocks
 
 __all__ = ["RoutingReport", "expert_bits", "inspect"]
@@ -162,7 +162,7 @@ def inspect(
             counts[name] = rows.numel()
             for batch in progress(rows.split(batch_size), desc=f"inspect {name}", unit="batch"):
                 with recorded_routing(found) as routings:
-                    model(input_ids=batch.to(next(model.parameters()).device), use_cache=False)
+                    run_layers(model, batch)
                 for i, block in enumerate(found):
                     _count(routings[block.name].indices.cpu(), batch.flatten(), by_domain[i, m], by_token[i])
     finally:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from mixtura.core.gates import Routing
 from mixtura.core.progress import progress
-from mixtura.lm.anatomy import MoEBlock, find_moe, rerouted
+from mixtura.lm.anatomy import MoEBlock, find_moe, rerouted, run_layers
 from mixtura.lm.compress.attention_received import RECEIVED, observe
 from mixtura.lm.compress.factors import as_batches
 
@@ -101,7 +101,7 @@ def thresholds(model: Any, batches: Iterable[Tensor]) -> list[list[float]]:
 
     with rerouted(blocks, keep):
         for batch in progress(as_batches(batches), desc="thresholds", unit="batch"):
-            model(input_ids=batch.to(model.device), use_cache=False)
+            run_layers(model, batch)
     return [torch.cat(parts).median(0).values.tolist() for parts in found.values()]
 
 
@@ -161,7 +161,7 @@ def pruned_share(model: Any, batches: Iterable[Tensor]) -> float:
     hooks = [block.experts.register_forward_pre_hook(count) for block in find_moe(model)]
     try:
         for batch in as_batches(batches):
-            model(input_ids=batch.to(model.device), use_cache=False)
+            run_layers(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -245,7 +245,7 @@ def _losses(
     try:
         with rerouted(blocks, compare):
             for batch in batches:
-                model(input_ids=batch.to(model.device), use_cache=False)
+                run_layers(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -23,7 +23,7 @@ from mixtura.core.checkpoint import atomic_file
 from mixtura.core.gates import Routing
 from mixtura.core.progress import progress
 from mixtura.core.quantize import nearest
-from mixtura.lm.anatomy import MoEBlock, find_moe, rerouted
+from mixtura.lm.anatomy import MoEBlock, find_moe, rerouted, run_layers
 from mixtura.lm.compress.packed import group_size_for
 from mixtura.lm.compress.packed_experts import expert_matrices, why_not
 
@@ -110,7 +110,7 @@ def expert_factors(
     try:
         with rerouted(blocks, measure):
             for batch in progress(as_batches(batches), desc="factors", unit="batch"):
-                model(input_ids=batch.to(model.device), use_cache=False)
+                run_layers(model, batch)
                 tokens += batch.numel()
     finally:
         for hook in hooks:
@@ -137,12 +137,12 @@ def mixture_blocks(model: Any) -> list[MoEBlock]:
     return blocks
 
 
-def as_batches(batches: Tensor | Iterable[Tensor], size: int = 8) -> list[Tensor]:
-    """Batches of at most ``size`` rows."""
+def as_batches(batches: Tensor | Iterable[Tensor], tokens: int = 4096) -> list[Tensor]:
+    """Batches of about ``tokens`` tokens, one row at least."""
     if isinstance(batches, Tensor):
         if batches.dim() != 2 or not len(batches):
             raise ValueError(f"calibration tokens must have shape (N, length) with N >= 1, got {tuple(batches.shape)}")
-        return list(batches.split(size))
+        return list(batches.split(max(1, tokens // batches.shape[1])))
     found = list(batches)
     if not found:
         raise ValueError("no calibration batch was given")

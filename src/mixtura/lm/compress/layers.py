@@ -6,14 +6,14 @@ the calibration batches. From then on only one layer runs at a time.
 Shapes: T tokens of all batches, D width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mixtura.core.gates import Routing
-from mixtura.lm.anatomy import MoEBlock, rerouted
+from mixtura.lm.anatomy import MoEBlock, idle_experts, rerouted, run_layers
 
 __all__ = ["LayerInputs", "linear_inputs", "other_linears", "unstack_attention"]
 
@@ -31,20 +31,19 @@ class LayerInputs:
         self.others: list[dict[str, tuple[tuple[Any, ...], dict[str, Any]]]] = []
         self.names = {id(layer): path for path, layer in self.layers}
         for batch in batches:
-            self._catch(model, batch.to(model.device))
+            self._catch(model, batch)
 
-    def run(self, layer: nn.Module) -> list[Tensor]:
+    def outputs(self, layer: nn.Module) -> Iterator[Tensor]:
         """Outputs of a layer on its inputs, batch by batch."""
-        path, outputs = self.names[id(layer)], []
+        path = self.names[id(layer)]
         for hidden, others in zip(self.hidden, self.others, strict=True):
             args, kwargs = others[path]
             out = layer(hidden, *args, **kwargs)
-            outputs.append(out[0] if isinstance(out, tuple) else out)
-        return outputs
+            yield out[0] if isinstance(out, tuple) else out
 
     def advance(self, layer: nn.Module) -> None:
         """Go on to the next layer: what this one computes now is what the next one reads."""
-        self.hidden = self.run(layer)
+        self.hidden = list(self.outputs(layer))
 
     def routed(self, layer: nn.Module, block: MoEBlock) -> tuple[Tensor, Tensor]:
         """What the experts of a block are called with: inputs (T, D) and indices (T, K) of all batches."""
@@ -57,8 +56,9 @@ class LayerInputs:
 
         hook = block.experts.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
         try:
-            with rerouted([block], keep):
-                self.run(layer)
+            with rerouted([block], keep), idle_experts(block):
+                for _ in self.outputs(layer):
+                    pass
         finally:
             hook.remove()
         return torch.cat(inputs), torch.cat(indices)
@@ -80,7 +80,7 @@ class LayerInputs:
 
         hooks = [layer.register_forward_pre_hook(before(path), with_kwargs=True) for path, layer in self.layers]
         try:
-            model(input_ids=batch, use_cache=False)
+            run_layers(model, batch)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -119,22 +119,38 @@ def unstack_attention(model: nn.Module) -> None:
             module.unstack()  # type: ignore[operator]
 
 
-def linear_inputs(inputs: LayerInputs, layer: nn.Module, linears: Mapping[str, nn.Linear]) -> dict[str, Tensor]:
-    """Hessian 2 X^T X of every linear layer over all batches, float32."""
-    found: dict[str, Tensor] = {}
+def linear_inputs(
+    inputs: LayerInputs, layer: nn.Module, linears: Mapping[str, nn.Linear]
+) -> list[tuple[list[str], Tensor]]:
+    """Hessian 2 X^T X of every linear layer over all batches, float32, shared by those that read the same tensor.
 
-    def add(name: str) -> Any:
+    Queries, keys and values do, those of all attention experts too: what is rounded by the same Hessian can be rounded in one
+    go.
+    """
+    readers: list[list[str]] = []
+    hessians: list[Tensor] = []
+    seen: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
-            gram = 2 * x.T @ x
-            found[name] = found[name] + gram if name in found else gram
+            seen[name] = args[0]
 
         return hook
 
-    hooks = [linear.register_forward_pre_hook(add(name)) for name, linear in linears.items()]
+    hooks = [linear.register_forward_pre_hook(keep(name)) for name, linear in linears.items()]
     try:
-        inputs.run(layer)
+        for _ in inputs.outputs(layer):
+            together: dict[int, list[str]] = {}
+            for name in seen.keys() - {name for names in readers for name in names}:
+                together.setdefault(id(seen[name]), []).append(name)
+            readers += map(sorted, together.values())
+            for i, names in enumerate(readers):
+                if names[0] in seen:
+                    x = seen[names[0]].flatten(0, -2).float()
+                    gram = 2 * x.T @ x
+                    hessians[i : i + 1] = [hessians[i] + gram if i < len(hessians) else gram]
+            seen.clear()
     finally:
         for hook in hooks:
             hook.remove()
-    return found
+    return list(zip(readers, hessians, strict=True))

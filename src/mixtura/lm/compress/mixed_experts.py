@@ -12,6 +12,7 @@ Shapes: T tokens, D width, E experts, L mixture layers.
 Source: MC-MoE (2410.06270), sec. 3.2, eq. 4-6.
 """
 
+import contextlib
 import copy
 import logging
 from collections.abc import Mapping, Sequence
@@ -24,8 +25,8 @@ from torch import LongTensor, Tensor
 from mixtura.core import assign
 from mixtura.core.gptq import NonFiniteHessian, gptq
 from mixtura.core.progress import progress
-from mixtura.core.quantize import Quantized, nearest
-from mixtura.lm.anatomy import MoEBlock
+from mixtura.core.quantize import Quantized, nearest, split
+from mixtura.lm.anatomy import MoEBlock, idle_experts
 from mixtura.lm.compress.factors import ExpertFactors, as_batches, expert_factors, mixture_blocks
 from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears, unstack_attention
 from mixtura.lm.compress.packed import PackedLinear, group_size_for
@@ -175,18 +176,28 @@ def _quantize_layers(
     if other_bits is not None:
         unstack_attention(model)
     for path, layer in progress(inputs.layers, desc="compress", unit="layer"):
+        mine = [(i, block) for i, block in enumerate(blocks) if f"{block.name}.".startswith(f"{path}.")]
         if other_bits is not None:
             linears = other_linears(layer)
-            hessians = linear_inputs(inputs, layer, linears) if rounding == "gptq" else {}
-            for name, linear in linears.items():
-                group = group_size_for(linear.in_features, group_size)
-                matrix = _rounded(linear.weight, hessians.get(name), other_bits, group, intra_block, f"{path}.{name}")
-                layer.set_submodule(name, PackedLinear.of(linear, matrix))
-        for i, block in enumerate(blocks):
-            if block.name == path or block.name.startswith(path + "."):
-                routed = inputs.routed(layer, block)
-                packed = _packed_experts(block, routed, allocation[i].tolist(), group_size, rounding, intra_block)
-                _replace_experts(block, packed)
+            alike: list[tuple[list[str], Tensor | None]] = []
+            if rounding == "gptq":
+                with contextlib.ExitStack() as idle:
+                    for _, block in mine:
+                        # Attention comes before the experts; what stands beside them may read what they give.
+                        if not any(f"{path}.{name}".startswith(f"{block.name}.") for name in linears):
+                            idle.enter_context(idle_experts(block))
+                    alike += linear_inputs(inputs, layer, linears)
+            alike += [([name], None) for name in linears.keys() - {name for names, _ in alike for name in names}]
+            for names, hessian in alike:
+                together = torch.cat([linears[name].weight for name in names])
+                group = group_size_for(together.shape[1], group_size)
+                matrix = _rounded(together, hessian, other_bits, group, intra_block, f"{path}.{names[0]}")
+                for name, part in zip(names, split(matrix, [linears[n].out_features for n in names]), strict=True):
+                    layer.set_submodule(name, PackedLinear.of(linears[name], part))
+        for i, block in mine:
+            routed = inputs.routed(layer, block)
+            packed = _packed_experts(block, routed, allocation[i].tolist(), group_size, rounding, intra_block)
+            _replace_experts(block, packed)
         inputs.advance(layer)
 
 
