@@ -200,9 +200,8 @@ def pruning(line: Line, kind: Kind, size: Size) -> dict[str, Any]:
     left_log, left_linear = (next(left for reached, left in run if reached >= level) for run in (logs, runs[rate]))
     figures |= {"level": level, "left_log": left_log, "left_linear": left_linear}
     figures["linear_over_log"] = left_linear / left_log
-    frequencies = np.linspace(0, 1.05 * max(line.solver.options["max_frequency"], TRUTH), 600)
+    frequencies = np.linspace(0, 1.05 * max(line.solver.options["max_frequency"], TRUTH), 300)
     figures["detail"] = {
-        "components": [(c.weight, c.frequency) for c in model.components_()],
         "frequencies": frequencies.tolist(),
         "spectrum": model.spectrum(frequencies).tolist(),
         **{
