@@ -229,6 +229,11 @@ SYSTEMS: tuple[System, ...] = (
         "2311.04465",
         "density",
         "Equations with high frequencies, solved by a process whose spectrum is a learned mixture.",
+        (
+            "mixtura.density.SpectralProcessSolver",
+            "mixtura.density.SpectralMixture1D",
+            "mixtura.density.MultiscaleSolver",
+        ),
     ),
     System(
         "song",

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, demo, lm, regress
+from mixtura.cli import claims, cluster, demo, lm, regress, solve_pde
 
 __all__ = ["app", "main"]
 
@@ -28,6 +29,7 @@ demo.add_to(app)
 lm.add_to(app)
 cluster.add_to(app)
 regress.add_to(app)
+solve_pde.add_to(app)
 claims.add_to(app)
 
 
@@ -80,5 +82,8 @@ def _in_words(error: BaseException) -> str:
 
 def _say(text: str) -> None:
     Console(stderr=True, highlight=False).print(
-        f"[red]error[/red] {text}" if text else "error", markup=True, soft_wrap=True
+        # Escaped: a message that names [[term]] or [boundary] is no markup.
+        f"[red]error[/red] {escape(text)}" if text else "error",
+        markup=True,
+        soft_wrap=True,
     )
