@@ -9,6 +9,7 @@ used.
 from mixtura._lazy import lazy_names
 
 __all__ = [
+    "AdjustedSDPClustering",
     "BurrXII",
     "CompositionalLikelihood",
     "EnergyDensity",
@@ -21,14 +22,18 @@ __all__ = [
     "ScaleMixtureRegressor",
     "WideNetworkKernel",
     "kmeans_plus_plus",
+    "kmeans_sdp",
     "lloyd",
+    "membership_lower_bound",
     "merge_components",
     "ood_score",
     "select_components",
+    "solve_membership_sdp",
     "split_component",
 ]
 
 NAMES: dict[str, str] = {
+    "AdjustedSDPClustering": "mixtura.density.adjusted_clustering",
     "BurrXII": "mixtura.density.scale_priors",
     "CompositionalLikelihood": "mixtura.density.unnormalized",
     "EnergyDensity": "mixtura.density.energy_model",
@@ -41,10 +46,13 @@ NAMES: dict[str, str] = {
     "ScaleMixtureRegressor": "mixtura.density.scale_mixture_process",
     "WideNetworkKernel": "mixtura.density.wide_network_kernel",
     "kmeans_plus_plus": "mixtura.density.starts",
+    "kmeans_sdp": "mixtura.density.semidefinite",
     "lloyd": "mixtura.density.starts",
+    "membership_lower_bound": "mixtura.density.membership_program",
     "merge_components": "mixtura.density.split_and_merge",
     "ood_score": "mixtura.density.energy_model",
     "select_components": "mixtura.density.selection",
+    "solve_membership_sdp": "mixtura.density.semidefinite",
     "split_component": "mixtura.density.split_and_merge",
 }
 
