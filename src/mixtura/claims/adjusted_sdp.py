@@ -54,6 +54,7 @@ ROWS = {
     "spherical": Row(200, 6, 3, 3.5, 0.0),
 }
 JUDGED = ("row1", "row4")
+TABLES = ("iris", "wine", "breast_cancer")
 
 
 @dataclass(frozen=True)
@@ -73,8 +74,8 @@ class Size:
 
 SCALES: dict[Scale, Size] = {
     "smoke": Size(1, 0, 1, 1, ("iris",), turns=2),
-    "cpu": Size(10, 3, 3, 10, ("iris", "wine", "breast_cancer")),
-    "gpu": Size(10, 10, 10, 10, ("iris", "wine", "breast_cancer")),
+    "cpu": Size(10, 3, 3, 10, TABLES),
+    "gpu": Size(10, 10, 10, 10, TABLES),
 }
 
 
@@ -218,35 +219,37 @@ RIVALS = {
 
 
 def plot(record: Record, figure: Any) -> None:
-    """Mean error by row and rival; errors over random starts; real tables."""
+    """Mean error by row and rival; errors over random starts; real tables; all on one scale."""
     seeds = record["seeds"]
     rows = [name for name in ROWS if name in seeds[0]["detail"]]
-    tables = [name for name in ("iris", "wine", "breast_cancer") if name in seeds[0]["detail"]]
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1.9, 0.7, 1.1))
+    tables = [name for name in TABLES if name in seeds[0]["detail"]]
+    left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(len(rows) + 0.5, 1.5, len(tables) + 0.5))
     _bars(left, seeds, rows)
     left.set_ylabel("share of wrong labels")
-    left.legend(frameon=False, fontsize=7, ncols=2)
-    ours, theirs = (np.concatenate([row["starts"][i] for row in seeds]) for i in (0, 1))
+    left.set_title("drawn groups, mean over data sets", fontsize=9)
+    ours, theirs = (np.concatenate([row["starts"][i] for row in seeds], axis=None) for i in (0, 1))
     for at, (values, (_, color)) in enumerate(zip((ours, theirs), (RIVALS["error"], RIVALS["em_random"]), strict=True)):
-        spread = np.random.default_rng(0).uniform(-0.25, 0.25, len(values))
-        middle.scatter(at + spread, values, s=9, color=color, alpha=0.6, linewidths=0)
-        middle.hlines(values.mean(), at - 0.35, at + 0.35, color="black", linewidth=1.5)
-    middle.set_xticks([0, 1], ["this method,\nrandom labels", "EM,\nrandom means"], fontsize=8)
-    middle.set_title("row 1, start by start", fontsize=9)
+        spread = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))
+        middle.scatter(at + spread, values, s=7, color=color, alpha=0.7, linewidths=0)
+        middle.hlines(values.mean(), at - 0.4, at + 0.4, color="black", linewidth=1.5)
+    middle.set_xticks([0, 1], ["this", "EM"], fontsize=8)
+    middle.set_title("row 1,\nrandom starts", fontsize=9)
     _bars(right, seeds, tables)
     right.set_title("real tables", fontsize=9)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
 
 
 def _bars(axes: Any, seeds: Any, names: list[str]) -> None:
+    """Mean over seeds, with their range."""
     width = 0.84 / len(RIVALS)
     for i, (key, (label, color)) in enumerate(RIVALS.items()):
         values = np.array([[row[f"{name}_{key}"] for name in names] for row in seeds])
         at = np.arange(len(names)) + (i - (len(RIVALS) - 1) / 2) * width
         axes.bar(at, values.mean(0), width, color=color, label=label)
         axes.vlines(at, values.min(0), values.max(0), color="black", linewidth=0.8)
-    axes.set_xticks(range(len(names)), [name.replace("_", "\n").replace("row", "row ") for name in names], fontsize=8)
+    axes.set_xticks(range(len(names)), [name.replace("_", "\n").replace("row", "row ") for name in names], fontsize=7.5)
 
 
 CLAIM = Claim(

@@ -31,7 +31,7 @@ from mixtura.density.group_shapes import SHAPES, group_covariances, shaped
 from mixtura.density.inputs import device_of
 from mixtura.density.labels import as_labels
 from mixtura.density.membership_program import MembershipProgram, partition_factors
-from mixtura.density.semidefinite import SOLVERS, SDPResult, not_converged, round_memberships, solve_program
+from mixtura.density.semidefinite import SOLVERS, SDPResult, check_size, not_converged, round_memberships, solve_program
 
 __all__ = ["AdjustedSDPClustering", "Step"]
 
@@ -205,6 +205,8 @@ class AdjustedSDPClustering(Keeping, ClusterMixin, BaseEstimator):
         z_NF = (x_NF - centre_F) / scale_F
         rng = check_random_state(self.seed)
         rows = self._sketch_rows(len(z_NF))
+        n = len(z_NF) if rows is None else rows
+        check_size(self._solver(n), self.certify, n, self.n_clusters)
         if rows is None:
             found = self._run(z_NF, self._first_labels(z_NF, rng), rng)
         else:

@@ -23,7 +23,7 @@ __all__ = ["Certificate", "Exact", "certify", "solve_exactly", "why_not_exact"]
 GOLDEN = 1.618
 CHECKED = 20  # rounds between looks at the residuals
 BALANCE, APART = 1.25, 3.0  # factor of the penalty where primal and dual residuals are further apart
-MOST_BYTES = 4 * 2**30
+MOST_BYTES = 4e9
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def why_not_exact(n_samples: int, n_blocks: int) -> str | None:
     if needed <= MOST_BYTES:
         return None
     return (
-        f"{n_samples} samples and {n_blocks} blocks would take {needed / 2**30:.0f} GB and rounds of {n_blocks} "
+        f"{n_samples} samples and {n_blocks} blocks would take {needed / 1e9:.0f} GB and rounds of {n_blocks} "
         f"decompositions of {n_samples} x {n_samples}; solver='lowrank' without certify forms no such matrix, and a sketch "
         "works on some of the samples"
     )

@@ -25,6 +25,7 @@ from mixtura.density.starts import kmeans_plus_plus, lloyd
 __all__ = [
     "SOLVERS",
     "SDPResult",
+    "check_size",
     "kmeans_sdp",
     "round_memberships",
     "solve_membership_sdp",
@@ -145,6 +146,12 @@ def solve_membership_sdp(
     return found
 
 
+def check_size(solver: str, certified: bool, n_samples: int, n_blocks: int) -> None:
+    """Raise a ValueError where the N x N matrices of an exact solver or of a certificate are too much; it says what to take."""
+    if (solver != "lowrank" or certified) and (reason := why_not_exact(n_samples, n_blocks)):
+        raise ValueError(f"solver={solver!r}{' with certify' if certified else ''}: {reason}")
+
+
 def not_converged(found: SDPResult, solver: str) -> str:
     """What a warning says of an answer short of its tolerance."""
     dual = "" if np.isnan(found.dual_residual) else f", dual residual {found.dual_residual:.1e}"
@@ -171,8 +178,7 @@ def solve_program(
     """As :func:`solve_membership_sdp`, for a program that is built; convergence is reported, not warned of."""
     if solver not in SOLVERS:
         raise ValueError(f"solver must be one of {list(SOLVERS)}, got {solver!r}")
-    if (solver != "lowrank" or certified) and (reason := why_not_exact(program.n_samples, program.n_blocks)):
-        raise ValueError(f"solver={solver!r}{' with certify' if certified else ''}: {reason}")
+    check_size(solver, certified, program.n_samples, program.n_blocks)
     if program.n_samples < 2:
         raise ValueError("X must have at least 2 samples, got n_samples = 1")
     began = time.perf_counter()
