@@ -190,6 +190,12 @@ SYSTEMS: tuple[System, ...] = (
         "2209.15097",
         "density",
         "Clusters of different shapes by a semidefinite program that knows their likelihood.",
+        (
+            "mixtura.density.AdjustedSDPClustering",
+            "mixtura.density.solve_membership_sdp",
+            "mixtura.density.membership_lower_bound",
+            "mixtura.density.kmeans_sdp",
+        ),
     ),
     System(
         "compositional-density",

@@ -4,7 +4,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from mixtura.density import EnergyDensity, GaussianMixture, ScaleMixtureClassifier, ScaleMixtureRegressor
+from mixtura.density import (
+    AdjustedSDPClustering,
+    EnergyDensity,
+    GaussianMixture,
+    ScaleMixtureClassifier,
+    ScaleMixtureRegressor,
+)
 
 __all__ = ["ESTIMATORS", "Case"]
 
@@ -38,6 +44,7 @@ ONE_COMPONENT = "sets n_components=1 and labels several classes, and every class
 SAME_DRAW = "k-means++ draws other samples when one is repeated instead of weighted; from one start both agree (tested)"
 
 ESTIMATORS: dict[str, Case] = {
+    "AdjustedSDPClustering": Case(lambda: AdjustedSDPClustering(2, max_iter=3)),
     "GaussianMixture": Case(
         lambda: GaussianMixture(4, random_state=0),
         {

@@ -9,6 +9,7 @@ used.
 from mixtura._lazy import lazy_names
 
 __all__ = [
+    "AdjustedSDPClustering",
     "Advection",
     "AliasingWarning",
     "AllenCahn",
@@ -32,14 +33,18 @@ __all__ = [
     "Terms",
     "WideNetworkKernel",
     "kmeans_plus_plus",
+    "kmeans_sdp",
     "lloyd",
+    "membership_lower_bound",
     "merge_components",
     "ood_score",
     "select_components",
+    "solve_membership_sdp",
     "split_component",
 ]
 
 NAMES: dict[str, str] = {
+    "AdjustedSDPClustering": "mixtura.density.adjusted_clustering",
     "Advection": "mixtura.density.grid_equations",
     "AliasingWarning": "mixtura.density.equation_process",
     "AllenCahn": "mixtura.density.grid_equations",
@@ -63,10 +68,13 @@ NAMES: dict[str, str] = {
     "Terms": "mixtura.density.grid_equations",
     "WideNetworkKernel": "mixtura.density.wide_network_kernel",
     "kmeans_plus_plus": "mixtura.density.starts",
+    "kmeans_sdp": "mixtura.density.semidefinite",
     "lloyd": "mixtura.density.starts",
+    "membership_lower_bound": "mixtura.density.membership_program",
     "merge_components": "mixtura.density.split_and_merge",
     "ood_score": "mixtura.density.energy_model",
     "select_components": "mixtura.density.selection",
+    "solve_membership_sdp": "mixtura.density.semidefinite",
     "split_component": "mixtura.density.split_and_merge",
 }
 
