@@ -79,12 +79,13 @@ def ascend(
         max_iter: steps at most.
         tol: largest entry of the gradient at the end.
     """
-    theta = theta.clone()
+    free, lower, upper = (edge.to(theta.device) for edge in (free, lower, upper))
     value, gradient = objective.at(theta)
     state = _State(theta, value, gradient * free)
-    n_fits = len(theta)
-    end = Ascent(theta.clone(), value.clone(), torch.full_like(value, torch.inf), torch.zeros(n_fits, dtype=torch.long))
-    alive = torch.arange(n_fits)
+    end = Ascent(
+        theta.clone(), value.clone(), torch.full_like(value, torch.inf), torch.zeros_like(value, dtype=torch.long)
+    )
+    alive = torch.arange(len(theta), device=theta.device)
     for step in range(max_iter + 1):
         allowed = _allowed(state, lower, upper)
         size = allowed.abs().amax(1)
@@ -93,7 +94,12 @@ def ascend(
         if step == max_iter or not bool(keep.any()):
             break
         if not bool(keep.all()):
-            alive, objective, state, allowed = alive[keep], objective.take(keep.nonzero()[:, 0]), state.take(keep), allowed[keep]
+            alive, objective, state, allowed = (
+                alive[keep],
+                objective.take(keep.nonzero()[:, 0]),
+                state.take(keep),
+                allowed[keep],
+            )
         if step % REFRESH == 0:
             state.forget()
             state.metric = _metric(objective, state.theta, free)
@@ -110,7 +116,7 @@ class _State:
 
     def __init__(self, theta: Tensor, value: Tensor, gradient: Tensor) -> None:
         self.theta, self.value, self.gradient = theta, value, gradient
-        self.stalled = torch.zeros(len(theta), dtype=torch.long)
+        self.stalled = torch.zeros_like(value, dtype=torch.long)
         self.metric: Tensor | None = None
         self.pairs: list[tuple[Tensor, Tensor, Tensor]] = []  # steps, changes of minus the gradient, 1 / product or 0
 
@@ -184,7 +190,7 @@ def _step(
     """Move every fit up along its direction, halving until the rise is worth the step; who cannot rise is stalled."""
     theta, value, gradient = state.theta.clone(), state.value.clone(), state.gradient.clone()
     length = theta.new_ones(len(theta))
-    waiting = torch.arange(len(theta))
+    waiting = torch.arange(len(theta), device=theta.device)
     for _ in range(HALVINGS):
         tried = (state.theta[waiting] + length[waiting, None] * direction[waiting]).clamp(lower, upper)
         part = objective if len(waiting) == len(theta) else objective.take(waiting)
@@ -209,6 +215,6 @@ def _step(
     state.remember(theta - state.theta, state.gradient - gradient)
     state.theta, state.value, state.gradient = theta, value, gradient
     if len(waiting):
-        keep = torch.ones(len(theta), dtype=torch.bool)
+        keep = torch.ones_like(length, dtype=torch.bool)
         keep[waiting] = False
         state.pairs = [(s, y, rho * keep) for s, y, rho in state.pairs]
