@@ -17,10 +17,9 @@ from mixtura.density.gated_em import (
     experts_step,
     fit_em,
     gate_step,
-    move_regions,
-    polish,
 )
 from mixtura.density.gated_law import GateRule, Layout, Likelihood, Pairs, evaluate, gate_logits
+from mixtura.density.gated_polish import best_shift, move_regions, polish
 
 each_rule = pytest.mark.parametrize("name", sorted(RULES))
 
@@ -175,3 +174,30 @@ def test_moving_regions_finds_a_border_that_the_gradient_cannot_see():
     assert g.likelihood.at(theta)[1][0, [0, 2]].abs().max() == 0
     moved = layout.split(move_regions(g, theta))
     assert abs(float(-moved.bias[0, 0] / moved.slope[0, 0, 0]) - 0.3) < 0.005  # the spacing of the inputs
+
+
+def test_the_best_shift_is_that_of_a_search_over_all_places():
+    g = torch.Generator().manual_seed(0)
+    behind, along, gain = (torch.randn(20, 9, generator=g, dtype=torch.float64) for _ in range(3))
+    along[:, 0] = 0.0
+
+    def total(t):
+        return torch.where(t[:, None] * along > behind, gain, 0.0).sum(1)
+
+    best = torch.stack([total(torch.full((20,), t, dtype=torch.float64)) for t in np.linspace(-60, 60, 40_001)]).amax(0)
+    assert (total(best_shift(behind, along, gain)) >= best - 1e-12).all()
+
+
+def test_with_one_active_expert_borders_end_where_no_single_parameter_can_raise_the_likelihood():
+    rule, layout = GateRule("top-k", top_k=1, top_k_bias=True), Layout(3, 2)
+    _, theta, _, _, _, pairs = law(2, n=150)
+    g = given(rule, layout, pairs)
+    theta = theta.masked_fill(~g.free, 0.0)
+    moved = move_regions(g, theta)
+    value = g.likelihood.value(moved)
+    assert (value > g.likelihood.value(theta) + 0.1).all()
+    for p in (g.free & layout.mask("slope", "bias")).nonzero()[:, 0].tolist():
+        for shift in np.linspace(-3, 3, 61):
+            tried = moved.clone()
+            tried[:, p] += shift
+            assert (g.likelihood.value(tried) <= value + 1e-9).all()

@@ -1,11 +1,17 @@
 """Rate experiments: draws from the right law, slopes and intervals, a run that goes on where it was cut off."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from gated_cases import RULES, two_lines
 from scipy.stats import norm
 
+from mixtura.core.checkpoint import read_json
 from mixtura.density.gated_law import GateRule, Likelihood, Pairs
 from mixtura.density.rates import Fits, RateResult, Truth, fit_near, rate_experiment, total_variation
 from mixtura.density.voronoi import MixingMeasure, voronoi_loss
@@ -76,6 +82,47 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_as_one_that_was_not(tmp_path):
     assert calls == [1, 1]
     # Fitted together or alone, sums are ordered differently in the last digits.
     np.testing.assert_allclose(more.values["loss"], whole.values["loss"], rtol=1e-4)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[1])
+from test_rates import LOSS, two_lines, GateRule, fit_near, rate_experiment
+from mixtura.core.checkpoint import write_json
+from mixtura.density.processes import join
+
+truth, folder = two_lines(GateRule("temperature")), Path(sys.argv[2])
+result = rate_experiment(truth, fit_near(truth), (100, 200), 5, LOSS, 1, folder=folder, at_once=2, distributed=True)
+write_json(folder / f"rank{join(True).rank}.json", result.to_json())
+try:
+    rate_experiment(truth, fit_near(truth), (100, 200), 5, {"odd": lambda fits, truth: [1.0]}, 1, distributed=True)
+except ValueError as error:
+    write_json(folder / f"error{join(True).rank}.json", {"said": str(error)})
+"""
+
+
+def test_two_processes_share_the_replicates_and_both_have_the_result_of_one(tmp_path):
+    truth = two_lines(GateRule("temperature"))
+    alone = rate_experiment(truth, fit_near(truth), (100, 200), 5, LOSS, 1)
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(tmp_path / "script.py"), str(Path(__file__).parent), str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        found = RateResult.from_json(read_json(tmp_path / f"rank{rank}.json"))
+        # Fitted together or alone, sums are ordered differently in the last digits.
+        np.testing.assert_allclose(found.values["loss"], alone.values["loss"], rtol=1e-4)
+        assert "process 0: metric 'odd' gave 1 numbers for 3 fits" in read_json(tmp_path / f"error{rank}.json")["said"]
+    kept = read_json(next(tmp_path.glob("n100-*")))
+    assert sorted(kept) == ["0", "1", "2", "3", "4"]
+    with pytest.raises(ValueError, match="needs a process group"):
+        rate_experiment(truth, fit_near(truth), (100, 200), 5, LOSS, 1, distributed=True)
 
 
 def test_copies_and_omissions_start_where_they_should():

@@ -1,4 +1,4 @@
-"""Expectation-maximisation of gated regressions, R fits at once, and the search that moves the regions of a top-k gate.
+"""Expectation-maximisation of gated regressions, R fits at once.
 
 Experts are maximised exactly (weighted least squares), the gate by a few steps that never lower its part of the bound. A
 top-k gate's bound jumps where a pair changes its experts, so there a gate step counts only if the likelihood with the
@@ -22,7 +22,7 @@ from mixtura.density.activations import activation_named
 from mixtura.density.ascent import Ascent, ascend
 from mixtura.density.gated_law import GateRule, Layout, Likelihood, Pairs, Parts, evaluate, gate_logits
 
-__all__ = ["Box", "GateBound", "Given", "expectation", "experts_step", "fit_em", "gate_step", "move_regions", "polish"]
+__all__ = ["Box", "GateBound", "Given", "expectation", "experts_step", "fit_em", "gate_step"]
 
 RIDGE = 1e-11  # of the mean square of the inputs: keeps a least-squares system of two pairs solvable
 IDLE = 1e-9  # share of pairs below which an expert keeps its parameters
@@ -344,46 +344,4 @@ def _best_move(given: Given, theta: Tensor, proposals: tuple[Tensor, ...]) -> Te
             if not bool(waiting.any()):
                 break
             tried = torch.where(waiting[:, None], (tried + theta) / 2, tried)
-    return best
-
-
-def polish(given: Given, theta: Tensor, *, max_iter: int = 600, tol: float = 1e-7) -> Ascent:
-    """The likelihood climbed over all free parameters; for a top-k gate, regions moved and climbed again."""
-    end = given.climb(given.likelihood, theta, given.free, max_iter, tol)
-    if given.rule.kind != "top-k" or (given.layout.n_features == 1 and not given.rule.top_k_bias):
-        return end  # in one feature, regions change only where two slopes swap order
-    for _ in range(3):
-        moved = move_regions(given, end.theta)
-        again = given.climb(given.likelihood, moved, given.free, max_iter, tol)
-        gain = (again.value - end.value).max()
-        end = again
-        if gain < 1e-10:
-            break
-    return end
-
-
-def move_regions(given: Given, theta: Tensor, *, largest: float = 1e-1, smallest: float = 1e-5) -> Tensor:
-    """A search along each gate parameter, up and down, by steps from ``largest`` to ``smallest`` of its size.
-
-    The gradient does not see that a region's border could move; this does. The likelihood never falls.
-    """
-    likelihood = given.likelihood
-    best_value = likelihood.value(theta)
-    lower, upper = (edge.to(theta.device) for edge in given.box.edges(given.layout))
-    coordinates = (given.free & given.layout.mask("slope", "bias")).nonzero()[:, 0].tolist()
-    step, best = largest, theta.clone()
-    while step >= smallest:
-        rose = False
-        for p in coordinates:
-            for sign in (1.0, -1.0):
-                tried = best.clone()
-                tried[:, p] += sign * step * best[:, p].abs().clamp(min=1.0)
-                tried = tried.clamp(lower, upper)
-                value = likelihood.value(tried)
-                better = value > best_value + 1e-13
-                best = torch.where(better[:, None], tried, best)
-                best_value = torch.where(better, value, best_value)
-                rose = rose or bool(better.any())
-        if not rose:
-            step /= 4
     return best

@@ -23,10 +23,11 @@ from mixtura.core.gates import TemperatureSchedule
 from mixtura.core.keeping import Keeping
 from mixtura.data.tables import non_finite
 from mixtura.density.activations import activation_named
-from mixtura.density.gated_em import Box, Given, fit_em, polish
+from mixtura.density.gated_em import Box, Given, fit_em
 from mixtura.density.gated_errors import fisher_information, standard_errors
 from mixtura.density.gated_frame import Frame, Law
 from mixtura.density.gated_law import GATES, GateKind, GateRule, Joint, Layout, Likelihood, Pairs, Parts, evaluate
+from mixtura.density.gated_polish import polish
 from mixtura.density.gated_starts import start, subset
 from mixtura.density.inputs import device_of
 

@@ -1,7 +1,7 @@
 """How fast an estimator finds the truth: fits over sizes and replicates, slopes in log-log with intervals.
 
-All replicates of a size are fitted at once. Finished replicates are kept on disk, so that a run that was cut off goes on,
-and more replicates can be added to it.
+All replicates of a size are fitted at once, shared out where there are several processes. Finished replicates are kept on
+disk, so that a run that was cut off goes on, and more replicates can be added to it.
 
 Shapes: R replicates, N pairs, D features, P parameters.
 Source: 2401.13875, sec. 5; the interval is the percentile bootstrap over replicates.
@@ -22,9 +22,11 @@ from torch import Tensor
 
 from mixtura.core.checkpoint import read_json, write_json
 from mixtura.core.progress import bar
-from mixtura.density.gated_em import Box, Given, fit_em, polish
+from mixtura.density.gated_em import Box, Given, fit_em
 from mixtura.density.gated_law import GateRule, Layout, Pairs, Parts, evaluate, gate_logits
 from mixtura.density.gated_law import chosen as choose
+from mixtura.density.gated_polish import polish
+from mixtura.density.processes import Processes, join
 from mixtura.density.voronoi import MixingMeasure
 
 __all__ = ["Fits", "RateResult", "Truth", "fit_near", "rate_experiment", "total_variation"]
@@ -325,6 +327,7 @@ def rate_experiment(
     *,
     folder: Path | None = None,
     at_once: int = 64,
+    distributed: bool | Literal["auto"] = False,
 ) -> RateResult:
     """Draw, fit and measure, for every size and replicate.
 
@@ -337,34 +340,53 @@ def rate_experiment(
         seed: replicate r of size n always draws the same data, however many there are.
         folder: where finished replicates are kept; a second run there does only what is missing. It must be another folder
             for another fit.
-        at_once: replicates fitted together; memory grows with it.
+        at_once: replicates that a process fits together; memory grows with it.
+        distributed: share the replicates out over the processes of a group (`processes.join`); ``"auto"`` where there is one.
+            All get the whole result. The folder must be one that all see.
     Raises:
-        ValueError: fewer than 3 replicates or 2 sizes, sizes that do not rise, a metric of another length.
+        ValueError: fewer than 3 replicates or 2 sizes, sizes that do not rise, a metric of another length, ``distributed=True``
+            without a group.
     """
     if replicates < 3:
         raise ValueError(f"replicates must be at least 3 for an interval, got {replicates}")
     if len(sizes) < 2 or list(sizes) != sorted(set(sizes)):
         raise ValueError(f"sizes must be at least 2 and rise, got {list(sizes)}")
+    crew = join(distributed)
     values: dict[str, list[list[float]]] = {name: [] for name in metrics}
     with bar(desc="rates", unit="fit", total=len(sizes) * replicates) as shown:
         for n in sizes:
             kept = _finished(folder, n, seed, metrics)
             missing = [r for r in range(replicates) if r not in kept]
-            for start in range(0, len(missing), at_once):
-                part = missing[start : start + at_once]
-                generators = [torch.Generator().manual_seed((seed * 1_000_003 + n) * 10_007 + r) for r in part]
-                fits = fit(*truth.sample(n, generators), generators)
-                measured = {name: [float(v) for v in metric(fits, truth)] for name, metric in metrics.items()}
-                for name, row in measured.items():
-                    if len(row) != len(part):
-                        raise ValueError(f"metric {name!r} gave {len(row)} numbers for {len(part)} fits")
-                kept |= {r: {name: row[i] for name, row in measured.items()} for i, r in enumerate(part)}
-                if folder is not None:
+            for start in range(0, len(missing), at_once * crew.size):
+                part = missing[start : start + at_once * crew.size]
+                kept |= _measured(truth, fit, n, part, metrics, seed, crew)
+                if folder is not None and crew.rank == 0:
                     write_json(_place(folder, n, seed), {str(r): row for r, row in kept.items()})
                 shown.update(len(part))
             for name in metrics:
                 values[name].append([kept[r][name] for r in range(replicates)])
     return RateResult(tuple(sizes), values, seed)
+
+
+def _measured(
+    truth: Truth, fit: Fit, n: int, part: list[int], metrics: Mapping[str, Metric], seed: int, crew: Processes
+) -> dict[int, dict[str, float]]:
+    """Replicates of a size, each process doing every so-manieth."""
+    mine, found = part[crew.rank :: crew.size], np.empty((0, len(metrics)))
+    with crew.together():
+        if mine:
+            generators = [torch.Generator().manual_seed((seed * 1_000_003 + n) * 10_007 + r) for r in mine]
+            fits = fit(*truth.sample(n, generators), generators)
+            columns = {name: [float(v) for v in metric(fits, truth)] for name, metric in metrics.items()}
+            for name, column in columns.items():
+                if len(column) != len(mine):
+                    raise ValueError(f"metric {name!r} gave {len(column)} numbers for {len(mine)} fits")
+            found = np.column_stack(list(columns.values()))
+    rows: dict[int, dict[str, float]] = {}
+    for rank, flat in enumerate(crew.gather(torch.from_numpy(found.ravel()))):
+        for r, row in zip(part[rank :: crew.size], flat.reshape(-1, len(metrics)).tolist(), strict=True):
+            rows[r] = dict(zip(metrics, row, strict=True))
+    return rows
 
 
 def _place(folder: Path, n: int, seed: int) -> Path:
