@@ -191,6 +191,17 @@ def test_a_table_of_active_experts_prefers_the_number_that_the_data_have():
         suggest_active(x, y, 2, [1], criterion="aic")
 
 
+def test_a_start_with_an_expert_of_two_rows_is_passed_over_and_counted_where_there_is_no_other():
+    rng = np.random.default_rng(0)
+    x = np.sort(rng.uniform(-1, 1, (80, 1)), 0)
+    y = np.where(x[:, 0] > 0.1, 3 - 2 * x[:, 0], x[:, 0]) + 0.1 * rng.normal(size=80)
+    y[-2:] = 9.0  # two rows on a line of their own, with no spread at all
+    model = GatedRegression(3, gate="top-k", top_k=1, top_k_bias=True, n_init=20).fit(x, y)
+    assert model.responsibilities(x, y).sum(0).min() >= 3 and model.variance_.min() > 1e-4
+    with pytest.warns(UserWarning, match="all 5 fits that were tried are degenerate"):
+        GatedRegression(2).fit(x, 3 * x[:, 0])
+
+
 # --- errors and warnings --------------------------------------------------------------------------------------------
 
 
@@ -243,7 +254,7 @@ def test_what_a_fit_cannot_determine_is_warned_about():
         GatedRegression(2, gate="activation", activation="relu", n_init=1).fit(X, y)
     with pytest.warns(UserWarning, match="ended at the edge"):
         GatedRegression(2, bounds=0.5, n_init=1).fit(X, y)
-    with pytest.warns(ConvergenceWarning, match="last change"):
+    with pytest.warns(ConvergenceWarning, match="its last was a change of"):
         GatedRegression(2, polish=False, max_iter=2, n_init=1).fit(X, y)
     apart = {"gate_weights": [[1.0], [0.5], [0.0]], "gate_bias": [9, -90, 0], "coef": [[2], [0], [-1.5]]}
     apart |= {"intercept": [1, 0, -1], "variance": [0.3, 0.3, 0.3]}

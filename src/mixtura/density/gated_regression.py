@@ -6,7 +6,6 @@ Sources: 2401.13875 (temperature and activation), 2309.13850 (top-k); `gated_law
 
 from __future__ import annotations
 
-import logging
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, Self
@@ -23,22 +22,14 @@ from mixtura.core.gates import TemperatureSchedule
 from mixtura.core.keeping import Keeping
 from mixtura.data.tables import non_finite
 from mixtura.density.activations import activation_named
-from mixtura.density.gated_em import Box, Given, fit_em
+from mixtura.density.gated_em import Box, Given
 from mixtura.density.gated_errors import fisher_information, standard_errors
 from mixtura.density.gated_frame import Frame, Law
 from mixtura.density.gated_law import GATES, GateKind, GateRule, Joint, Layout, Likelihood, Pairs, Parts, evaluate
-from mixtura.density.gated_polish import polish
-from mixtura.density.gated_starts import start, subset
+from mixtura.density.gated_search import Found, best_fit, screened
 from mixtura.density.inputs import device_of
 
 __all__ = ["GatedRegression"]
-
-log = logging.getLogger(__name__)
-
-HAND_OVER = 1e-5  # nats a pair below which EM leaves the rest to the climb
-SCREENED = 4096  # pairs on which starts compete
-KEPT_STARTS = 2  # that are fitted to all pairs
-SCREENING = 30  # iterations of EM in the competition
 
 
 class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
@@ -60,7 +51,7 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
             have zero. For other gates it makes no difference.
         init: ``"kmeans"``, or a dict of arrays to start from, named as the fitted attributes without the underscore:
             gate_weights, gate_bias, temperature, coef, intercept, variance.
-        n_init: starts; the best likelihood is kept.
+        n_init: starts; the best likelihood is kept, of those in which no expert explains a handful of rows only.
         max_iter: iterations of EM.
         polish: climb the likelihood itself after EM; EM alone stops far from the top where experts are more than needed.
         tol: nats a pair; EM without ``polish`` ends there.
@@ -165,16 +156,9 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
         Z_ND, t_N = (torch.from_numpy(v).to(device) for v in (frame.inputs(X), frame.targets(target_N)))
         weights = None if weight_N is None else torch.from_numpy(weight_N).to(device)[None]
         given = Given(rule, layout, Pairs.of(Z_ND, t_N, weights), free, Box(self.bounds, (self.var_floor, 1e2)))
-        theta, history, n_iter, change = self._search(given, frame)
-        self._hold(rule, layout, theta, frame, history, n_iter)
-        if change > 0:
-            warnings.warn(
-                f"the fit had not ended after {n_iter} iterations; its last change was {change:.2g} nats a pair. Raise "
-                "max_iter or tol, or use fewer experts",
-                ConvergenceWarning,
-                stacklevel=2,
-            )
-        self._tell_edges(given, theta)
+        found = self._search(given, frame)
+        self._hold(rule, layout, found, frame)
+        self._tell(given, found)
         self._judge(rule, layout, X, target_N, weight_N, free)
         return self
 
@@ -277,46 +261,19 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
             )
         return GateRule(self.gate, self.activation, self.top_k or 1, self.top_k_bias)
 
-    def _search(self, given: Given, frame: Frame) -> tuple[Tensor, list[float], int, float]:
-        """The best fit: theta (P,), mean log density over its iterations, their number, and what was still changing."""
+    def _search(self, given: Given, frame: Frame) -> Found:
         schedule = self.temperature if isinstance(self.temperature, TemperatureSchedule) else None
-        fixed = 1.0 if self.temperature == "learned" else float(schedule.end if schedule else self.temperature)  # type: ignore[arg-type]
         if isinstance(self.init, str):
             if self.init != "kmeans":
                 raise ValueError(f"init must be 'kmeans' or a dict of arrays, got {self.init!r}")
-            small = subset(given, SCREENED, self.seed)
-            starts = torch.stack([start(small, self.seed, turn, fixed) for turn in range(self.n_init)])
-            if len(starts) > 1:
-                starts, _ = fit_em(small, starts, max_iter=min(SCREENING, self.max_iter), tol=HAND_OVER)
-                order = small.likelihood.value(starts).argsort(descending=True)
-                starts = starts[order[:KEPT_STARTS]]
+            fixed = 1.0 if self.temperature == "learned" else float(schedule.end if schedule else self.temperature)  # type: ignore[arg-type]
+            starts = screened(given, self.n_init, self.seed, fixed, self.max_iter)
         else:
             starts = frame.theta(given.layout, self.init, given.rule)[None].to(given.pairs.y.device)
-        theta, values = fit_em(
-            given,
-            starts,
-            max_iter=self.max_iter,
-            tol=max(self.tol, HAND_OVER) if self.polish else self.tol,
-            temperature_at=None if schedule is None else schedule.at,
-            anneal=0 if schedule is None else schedule.steps,
-        )
-        change = values[-1] - values[-2] if len(values) > 1 else torch.full_like(values[-1], torch.inf)
-        n_em = len(values) - 1
-        ended = change < self.tol if n_em < self.max_iter else torch.zeros_like(change, dtype=torch.bool)
-        value, steps = values[-1], torch.zeros_like(change, dtype=torch.long)
-        if self.polish:
-            end = polish(given, theta)
-            theta, value, steps = end.theta, end.value, end.steps
-            ended, change = end.steps < 600, end.gradient
-        best = int(value.argmax())
-        history = [float(v[best]) for v in values] + ([float(value[best])] if self.polish else [])
-        still = 0.0 if bool(ended[best]) else float(change[best])
-        return theta[best].cpu(), history, max(1, n_em + int(steps[best])), still
+        return best_fit(given, starts, max_iter=self.max_iter, tol=self.tol, climb=self.polish, schedule=schedule)
 
-    def _hold(
-        self, rule: GateRule, layout: Layout, theta: Tensor, frame: Frame, history: list[float], n_iter: int
-    ) -> None:
-        parts = {name: value[0].numpy() for name, value in layout.split(theta[None])._asdict().items()}
+    def _hold(self, rule: GateRule, layout: Layout, found: Found, frame: Frame) -> None:
+        parts = {name: value[0].numpy() for name, value in layout.split(found.theta[None])._asdict().items()}
         self.temperature_ = float(np.exp(parts["log_temperature"])) if rule.has_temperature else 1.0
         self.gate_weights_, self.gate_bias_ = parts["slope"] / frame.scale, parts["bias"].copy()
         self.origin_ = frame.centre.copy()
@@ -331,18 +288,37 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
             "bias": self.gate_bias_ / self.temperature_,
         }
         shift = float(np.log(frame.height))
-        self.history_ = [value - shift for value in history]
+        self.history_ = [value - shift for value in found.history]
         self.log_likelihood_ = self.history_[-1]
-        self.n_iter_ = n_iter
+        self.n_iter_ = found.n_iter
 
-    def _tell_edges(self, given: Given, theta: Tensor) -> None:
+    def _tell(self, given: Given, found: Found) -> None:
+        """Warn of what the search could not settle."""
+        if found.unfinished is not None:
+            warnings.warn(
+                f"the fit had not ended after {found.n_iter} iterations; its last was {found.unfinished}. Raise max_iter or "
+                "tol, or use fewer experts",
+                ConvergenceWarning,
+                stacklevel=3,
+            )
+        if found.degenerate == found.fits:
+            warnings.warn(
+                f"all {found.fits} fits that were tried are degenerate: an expert explains fewer rows than a line has "
+                "parameters, or its rows exactly, and says little about others. Use fewer experts, a larger var_floor or more "
+                "starts (n_init)",
+                UserWarning,
+                stacklevel=3,
+            )
+        theta = found.theta
         lower, upper = given.box.edges(given.layout)
         at = ((theta <= lower + 1e-9) | (theta >= upper - 1e-9)) & given.free
         parts = given.layout.split(at[None])._asdict()
         self.at_bounds_ = [name for name, part in parts.items() if bool(part.any())]
-        if self.at_bounds_:
+        # Of a variance at its floor the warning above has spoken.
+        told = [name for name in self.at_bounds_ if name != "log_variance" or found.degenerate < found.fits]
+        if told:
             warnings.warn(
-                f"{', '.join(self.at_bounds_)} ended at the edge of the allowed range (bounds={self.bounds}, "
+                f"{', '.join(told)} ended at the edge of the allowed range (bounds={self.bounds}, "
                 f"var_floor={self.var_floor}): the likelihood may have no maximum inside; try fewer experts or other bounds",
                 UserWarning,
                 stacklevel=3,
