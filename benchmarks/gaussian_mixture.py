@@ -55,7 +55,7 @@ class Case:
 
 CASES = [
     Case(200_000, 32, 32, "full", 2, 3.0, 4.0),
-    Case(40_000, 32, 32, "full", 5, 3.0, 3.0, pomegranate=6.0),
+    Case(40_000, 32, 32, "full", 5, pomegranate=6.0),
     Case(100_000, 8, 16, "full", pomegranate=1.0),
     Case(10_000, 64, 64, "full", pomegranate=1.0),
     Case(1_000_000, 8, 64, "diag", 2, 2.0),

@@ -155,7 +155,7 @@ def compress(
     )
     if dry_run:
         return
-    model, tokenizer = loading.load(source, device=device)
+    model, tokenizer = loading.load(source, dtype="quick", device=device)
     texts = {name: part.train for name, part in domains.items()}
     with Meter() as meter:
         small = run(model, tokenizer, texts, method=method, inplace=True, **options)
@@ -169,7 +169,9 @@ def compress(
         "usage": _usage(small, out),
         "source": "Mixture Compressor for Mixture-of-Experts LLMs (arXiv 2410.06270)",
     }
-    loading.save(small, tokenizer, out, card=card)
+    # Back to the checkpoint's type, which `quick` may have left; packed weights keep theirs.
+    stored = getattr(config, "dtype", None)
+    loading.save(small.to(stored) if isinstance(stored, torch.dtype) else small, tokenizer, out, card=card)
     disk = loading.directory_bytes(out)
     say(
         f"{out}: {disk / 1e6:.1f} MB, {8 * disk / size.total:.2f} bits a weight over all {size.total / 1e6:.1f} M weights"
@@ -185,7 +187,7 @@ def generate(source: str, prompt: str, options: Mapping[str, Any], *, device: st
         size = cost.model_size(loading.empty_model(loading.load_config(source)))
         say(f"generate with {source}: {cost.estimate(size, forward_tokens=options['max_new_tokens'])}")
         return
-    model, tokenizer = loading.load(source, device=device)
+    model, tokenizer = loading.load(source, dtype="quick", device=device)
     say(run(model, tokenizer, prompt, **options))
 
 
@@ -210,7 +212,7 @@ def inspect(
     say(f"inspect {source} on {tokens:,} tokens: {cost.estimate(size, forward_tokens=tokens)}")
     if dry_run:
         return
-    model, tokenizer = loading.load(source, device=device)
+    model, tokenizer = loading.load(source, dtype="quick", device=device)
     texts = {name: part.held_out + part.train for name, part in domains.items()}
     found = run(model, tokenizer, texts, samples=samples, length=length)
     found.to_html(report)

@@ -69,7 +69,7 @@ class Processes:
         problem: Exception | None = None
         try:
             yield
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
             problem = error
         text = torch.tensor(list(str(problem).encode()) if problem else [], dtype=torch.uint8)
         said = self.gather(text)

@@ -1,7 +1,8 @@
 """The life of a mixture of experts: branch, upcycle, train, compress, generate, look inside; every stage measured.
 
-A stage's model is what stands on the disk: bfloat16 safetensors, loaded again to be measured. A stage that an earlier
-run with the same settings finished is loaded instead of computed, and training goes on from its checkpoint.
+A stage's model is what stands on the disk: bfloat16 safetensors, loaded again to be measured (in float32 where the
+processor multiplies that quicker). A stage that an earlier run with the same settings finished is loaded instead of
+computed, and training goes on from its checkpoint.
 """
 
 import logging
@@ -21,7 +22,7 @@ from mixtura.lm.cost import Size, model_size
 from mixtura.lm.evaluate import token_losses
 from mixtura.lm.families import read_dense
 from mixtura.lm.generation import Decode, generate, speed
-from mixtura.lm.loading import directory_bytes, load, load_tokenizer, save
+from mixtura.lm.loading import directory_bytes, load, load_tokenizer, quick_dtype, save
 from mixtura.lm.tokens import blocks
 from mixtura.lm.training import train
 
@@ -117,6 +118,7 @@ class _Run:
     development: dict[str, Tensor]
     work: Path
     device: str
+    quick: Any  # type that stages are measured and compressed in; on the disk all are bfloat16
     facts: dict[str, Any]
 
     def train_texts(self) -> dict[str, list[str]]:
@@ -159,7 +161,7 @@ def live(
             on_stage(stage)
         return model
 
-    # In bfloat16 like everything after it, so that stages differ by what was done and not by their type.
+    # Stored in bfloat16 like everything after it, so that stages differ by what was done and not by their type.
     dense, _ = _once(run, "dense", lambda: load(source, dtype=torch.bfloat16)[0], "The dense model, in bfloat16.")
     read_dense(dense)  # a family that cannot be upcycled is refused before anything is trained
     measured("dense", dense)
@@ -204,7 +206,9 @@ def _prepare(
         shutil.rmtree(work)
     work.mkdir(parents=True, exist_ok=True)
     write_json(told, facts)
-    return _Run(config, kept, tokenizer, held_out, development, work, device, facts)
+    return _Run(
+        config, kept, tokenizer, held_out, development, work, device, quick_dtype(torch.bfloat16, device), facts
+    )
 
 
 def _documents_for(tokenizer: Any, texts: list[str], tokens: int) -> int:
@@ -299,7 +303,7 @@ def _train(run: _Run, model: Any, name: str, **options: Any) -> None:
 
 
 def _development_loss(run: _Run, path: Path) -> float:
-    model, _ = load(path, dtype=torch.bfloat16, device=run.device)
+    model, _ = load(path, dtype=run.quick, device=run.device)
     losses = [token_losses(model, rows, batch_size=4).mean().item() for rows in run.development.values()]
     return sum(losses) / len(losses)
 
@@ -309,7 +313,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
     from mixtura.lm.inspection import expert_bits
 
     with Meter() as meter:
-        model, _ = load(out / "mixture", dtype=torch.bfloat16, device=run.device)
+        model, _ = load(out / "mixture", dtype=run.quick, device=run.device)
         size = model_size(model)  # packed weights are no parameters any more
         small = compress(
             model,
@@ -322,7 +326,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
             inplace=True,
         )
         save(
-            small,
+            small.to(torch.bfloat16),
             run.tokenizer,
             out / "compressed",
             card=_card(run, "compressed", "Experts at 1 to 3 bits, rest at 4."),
@@ -349,7 +353,7 @@ def _compress_and_look(run: _Run, life: Life, out: Path, measured: Callable[...,
 def _measure(run: _Run, name: str, path: Path, made: Meter | None, model: Any, size: Size | None) -> tuple[Stage, Any]:
     with Meter() as meter:
         if model is None:
-            model, _ = load(path, dtype=torch.bfloat16, device=run.device)
+            model, _ = load(path, dtype=run.quick, device=run.device)
         losses = {n: token_losses(model, rows, batch_size=4) for n, rows in run.held_out.items()}
         first = next(iter(run.held_out.values()))
         pace = speed(model, first[:1])

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.core.balance import load_balance_loss, router_z_loss
-from mixtura.core.measure import matmul_rate
+from mixtura.core.measure import bfloat16_over_float32
 from mixtura.core.training import History, TrainConfig, fit
 from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.tokens import blocks, mixed_batch_at
 
-__all__ = ["Trainable", "fast_bfloat16", "language_loss", "select_trainable", "train"]
+__all__ = ["Trainable", "language_loss", "select_trainable", "train"]
 
 Trainable = Literal["all", "experts", "router"]
 TRAINABLE: tuple[Trainable, ...] = ("all", "experts", "router")
@@ -79,7 +79,7 @@ def train(
     device = next(model.parameters()).device
     moe = find_moe(model)
     config = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, checkpoint_every=checkpoint_every, seed=seed)
-    quick = device.type == "cuda" or fast_bfloat16()
+    quick = device.type == "cuda" or bfloat16_over_float32() > 1.3
 
     def loss_at(step: int) -> Tensor:
         ids = mixed_batch_at(sources, shares, step, batch_size, seed=seed).to(device)
@@ -153,10 +153,3 @@ def select_trainable(model: nn.Module, trainable: Trainable, *, layers: Sequence
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(flags[name])
-
-
-def fast_bfloat16() -> bool:
-    """Whether this processor multiplies bfloat16 matrices clearly faster than float32 ones (measured, a tenth of a second)."""
-    return matmul_rate(torch.bfloat16, size=512, seconds=0.05) > 1.3 * matmul_rate(
-        torch.float32, size=512, seconds=0.05
-    )

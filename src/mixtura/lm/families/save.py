@@ -35,6 +35,8 @@ def save_checkpoint(model: PreTrainedModel, folder: str | Path, *, shard_bytes: 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
+    # What the weights are now: a cast leaves the config at the type they were loaded in, and loading would go back to that.
+    model.config.dtype = model.dtype
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
