@@ -169,6 +169,19 @@ def test_all_experts_active_is_the_softmax_gate_and_a_fixed_temperature_changes_
     assert annealed.log_likelihood_ == pytest.approx(soft.log_likelihood_, abs=1e-6)
 
 
+def test_where_regions_are_apart_one_active_expert_explains_as_much_as_a_gate_in_which_all_answer():
+    rng = np.random.default_rng(0)
+    X = rng.uniform(-1, 1, (300, 2))
+    regime = (X[:, 0] > -0.3).astype(int) + (X[:, 0] > 0.4)
+    slopes = np.array([[2.0, 1.0], [-1.0, 0.0], [0.5, -2.0]])
+    y = (slopes[regime] * X).sum(1) + np.array([2.0, -1.0, 1.0])[regime] + 0.2 * rng.normal(size=300)
+    one = GatedRegression(3, gate="top-k", top_k=1, top_k_bias=True).fit(X, y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # slopes at the edge of their range: no border is steep enough
+        dense = GatedRegression(3).fit(X, y)
+    assert one.log_likelihood_ > dense.log_likelihood_
+
+
 def test_inactive_experts_have_weight_zero_exactly_and_shares_are_told():
     X, y = crossing()
     model = made("top-k").fit(X, y)

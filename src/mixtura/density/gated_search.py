@@ -9,13 +9,14 @@ Shapes: S starts, P parameters, E experts, D features, N pairs.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mixtura.core.gates import TemperatureSchedule
 from mixtura.density.gated_em import Given, expectation, fit_em
+from mixtura.density.gated_law import GateRule
 from mixtura.density.gated_polish import polish
 from mixtura.density.gated_starts import start, subset
 
@@ -59,12 +60,20 @@ def degenerate(given: Given, theta: Tensor) -> Tensor:
 
 
 def screened(given: Given, n_init: int, seed: int, temperature: float, max_iter: int) -> Tensor:
-    """Starts (S, P), the most promising first: after a short EM on a few thousand pairs, sound ones by likelihood."""
+    """Starts (S, P), the most promising first: after a short EM on a few thousand pairs, sound ones by likelihood.
+
+    A top-k gate, whose regions hardly move once experts have settled in them, starts also from where a gate in which all
+    experts answer went from the same starts: S is ``n_init``, or twice that.
+    """
     small = subset(given, SCREENED, seed)
     starts = torch.stack([start(small, seed, turn, temperature) for turn in range(n_init)])
-    if n_init == 1:
+    steps = min(SCREENING, max_iter)
+    if given.rule.kind == "top-k" and given.rule.top_k < given.layout.n_experts:
+        soft, _ = fit_em(replace(small, rule=GateRule("softmax")), starts, max_iter=steps, tol=HAND_OVER)
+        starts = torch.cat([starts, soft])
+    if len(starts) == 1:
         return starts
-    starts, _ = fit_em(small, starts, max_iter=min(SCREENING, max_iter), tol=HAND_OVER)
+    starts, _ = fit_em(small, starts, max_iter=steps, tol=HAND_OVER)
     return starts[_ranked(small.likelihood.value(starts), degenerate(small, starts))]
 
 
