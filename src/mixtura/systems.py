@@ -169,6 +169,12 @@ SYSTEMS: tuple[System, ...] = (
         "2401.13875",
         "density",
         "How fast a gated regression learns when its gate has a temperature, and which gate repairs the rate.",
+        (
+            "mixtura.density.GatedRegression",
+            "mixtura.density.activation_independence",
+            "mixtura.density.voronoi_loss",
+            "mixtura.density.rate_experiment",
+        ),
     ),
     System(
         "topk-gate",
@@ -176,6 +182,13 @@ SYSTEMS: tuple[System, ...] = (
         "2309.13850",
         "density",
         "Gated regression in which only the K likeliest experts answer, with the rates at which it learns.",
+        (
+            "mixtura.density.GatedRegression",
+            "mixtura.density.voronoi_loss",
+            "mixtura.density.region_probabilities",
+            "mixtura.density.required_active",
+            "mixtura.density.suggest_active",
+        ),
     ),
     System(
         "category-discovery",
