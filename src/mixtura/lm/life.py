@@ -260,9 +260,7 @@ def _upcycled(run: _Run, source: Path, specialists: Mapping[str, Path], method: 
         # Paths, so that the sources are read tensor by tensor and never stand in memory as a whole.
         if method == "copy":
             return upcycle(source, method="copy", n_experts=len(specialists), top_k=k, seed=seed)
-        # The paper takes one expert at its own softmax value. Two random ones would have about half the weight, which
-        # a training this short does not mend; and made to sum to 1, two still teach their gate by their ratio.
-        return upcycle(specialists, method="branch-attend-mix", attention=method, top_k=k, seed=seed, renormalise=k > 1)
+        return upcycle(specialists, method="branch-attend-mix", attention=method, top_k=k, seed=seed)
 
     recipe = {
         "copy": "Every expert is a copy of the dense feed-forward layer; router random.",
