@@ -163,8 +163,8 @@ def membership_lower_bound(
         Weak duality: for feasible Z, sum <C_k, Z_k> = sum <C_k - N_k - sym(v), Z_k> + sum <N_k, Z_k> + 1'v, the second
         sum is >= 0, and <M, Z> >= lambda_min(M) tr Z.
     Example:
-        >>> round(membership_lower_bound(np.array([[0.0], [2.0]]), None, np.array([1.0, 1.0]), n_clusters=1), 6)
-        0.0
+        >>> round(membership_lower_bound(np.array([[0.0], [2.0]]), None, np.array([2.0, 2.0]), n_clusters=1), 6)
+        2.0
     """
     program = MembershipProgram.build(X, covariances, n_clusters)
     v_N = np.asarray(v, dtype=np.float64)
