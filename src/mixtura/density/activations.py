@@ -91,8 +91,8 @@ def activation_independence(
         slopes: the sizes of slope that are expected; different and not zero.
         interval: range of the input.
     Returns:
-        Between 0 and 1, without unit. Below about 1e-8: dependent up to rounding. It does not say what one finds at a given
-        number of samples; GELU is small but not zero, and behaves like ReLU there.
+        Between 0 and 1, without unit. Below about 1e-8: dependent up to rounding. It says which of two
+        activations is found more surely, not what one finds at a given number of samples.
     Raises:
         ValueError: an unknown activation, an order other than 1 and 2, equal or zero slopes, an empty interval.
     Example:
