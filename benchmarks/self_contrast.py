@@ -103,7 +103,7 @@ def main() -> None:
     busy = "--busy" in sys.argv  # one thread and processor time, for a machine with other work
     torch.set_num_threads(1 if busy else 2)
     clock = time.process_time if busy else time.perf_counter
-    dtype = quick_dtype(torch.bfloat16)  # float32 where the processor has no products of bfloat16
+    dtype = quick_dtype(torch.bfloat16, "cpu")  # float32 where the processor has no products of bfloat16
     rows = [row for name, shape in SHAPES.items() for row in rows_for(name, model_of(shape, dtype), clock)]
     for row in rows:
         print(row)

@@ -22,9 +22,11 @@ from mixtura.density.unnormalized import CompositionalLikelihood, NoiseContrasti
 B = 256
 BAR, BAR_STORM = 1.05, 1.5
 NOTES = (
-    "An objective is about thirty small operations on vectors of B numbers, the draws and the density of the noise law; its time "
-    "does not grow with the energy, so it disappears beside all but the smallest networks. Storm adds a forward pass over the "
-    "noise and a copy of the weights."
+    "An objective is about thirty small operations on vectors of B numbers, and the draws and the density of the noise law. The "
+    "former do not grow with the energy and disappear beside a large one. The latter grow with the features alone: beside three "
+    "layers of width 1024 on 784 features, draws in double precision take about 4 % of a step and densities 1 %, in every "
+    "objective, noise contrast too, so that the bar of 1.05 is just missed. Storm adds a forward pass over the noise and a copy "
+    "of the weights."
 )
 
 

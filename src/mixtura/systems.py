@@ -169,6 +169,12 @@ SYSTEMS: tuple[System, ...] = (
         "2401.13875",
         "density",
         "How fast a gated regression learns when its gate has a temperature, and which gate repairs the rate.",
+        (
+            "mixtura.density.GatedRegression",
+            "mixtura.density.activation_independence",
+            "mixtura.density.voronoi_loss",
+            "mixtura.density.rate_experiment",
+        ),
     ),
     System(
         "topk-gate",
@@ -176,6 +182,13 @@ SYSTEMS: tuple[System, ...] = (
         "2309.13850",
         "density",
         "Gated regression in which only the K likeliest experts answer, with the rates at which it learns.",
+        (
+            "mixtura.density.GatedRegression",
+            "mixtura.density.voronoi_loss",
+            "mixtura.density.region_probabilities",
+            "mixtura.density.required_active",
+            "mixtura.density.suggest_active",
+        ),
     ),
     System(
         "category-discovery",
@@ -190,6 +203,12 @@ SYSTEMS: tuple[System, ...] = (
         "2209.15097",
         "density",
         "Clusters of different shapes by a semidefinite program that knows their likelihood.",
+        (
+            "mixtura.density.AdjustedSDPClustering",
+            "mixtura.density.solve_membership_sdp",
+            "mixtura.density.membership_lower_bound",
+            "mixtura.density.kmeans_sdp",
+        ),
     ),
     System(
         "compositional-density",

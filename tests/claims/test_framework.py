@@ -1,5 +1,7 @@
 """Checks, verdicts and records."""
 
+import contextlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,28 @@ def test_finished_seeds_are_not_run_again_by_the_same_commit(tmp_path: Path, mon
     monkeypatch.setattr("mixtura.claims.framework._commit", lambda: "def")
     run_claim(claim, "cpu", scratch=tmp_path)
     assert calls == [0, 1, 0, 1]
+
+
+def test_an_interrupted_seed_finds_what_it_kept_but_only_by_the_same_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    seen: list[int] = []
+
+    def run(scale: str, seed: int, scratch: Path) -> dict:
+        scratch.mkdir(parents=True, exist_ok=True)
+        seen.append(len(list(scratch.iterdir())))
+        (scratch / f"part{seen[-1]}").touch()
+        if len(seen) < 4:
+            raise KeyboardInterrupt
+        return {"gain": 1.0}
+
+    claim = replace(claim_of({0: 1.0}), run=run)
+    for commit in ("abc", "abc", "abc+", "abc+"):
+        monkeypatch.setattr("mixtura.claims.framework._commit", lambda commit=commit: commit)
+        with contextlib.suppress(KeyboardInterrupt):
+            run_claim(claim, "cpu", seeds=[0], scratch=tmp_path)
+    assert seen == [0, 1, 0, 0]  # a changed tree is no commit
+    assert not list(tmp_path.glob("*-abc+"))  # a finished seed keeps its figures only
 
 
 def test_a_rerun_is_compared_with_its_record(tmp_path: Path):

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from test_cli import here  # noqa: F401 (a fixture)
 
-from mixtura.density import GaussianMixture
+from mixtura.density import AdjustedSDPClustering, GaussianMixture
 
 
 @pytest.fixture
@@ -96,6 +96,21 @@ def test_a_dry_run_writes_nothing(here, table, tmp_path):  # noqa: F811
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_the_semidefinite_program_writes_the_same_table_with_a_certificate(here, table, tmp_path):  # noqa: F811
+    table.drop(columns=["name", "kind"]).iloc[:90].to_csv(tmp_path / "few.csv", index=False)
+    done = here(
+        "cluster", "few.csv", "--method", "adjusted-sdp", "--components", 3, "--ignore", "truth",
+        "--plot", "few.png", "--save", "kept", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "certificate: the program's optimum is at most 0." in " ".join(done.stdout.split())
+    found = pd.read_csv(tmp_path / "few-clusters.csv")
+    assert found.columns.tolist() == ["length", "mass", "truth", "cluster", "probability", "p(1)", "p(2)", "p(3)"]
+    assert found.groupby("truth")["cluster"].nunique().tolist() == [1, 1, 1] and found["cluster"].nunique() == 3
+    assert (tmp_path / "few.png").read_bytes().startswith(b"\x89PNG")
+    assert AdjustedSDPClustering.load(tmp_path / "kept").n_clusters == 3
+
+
 def test_help_teaches_with_examples_and_is_quick(here, tmp_path):  # noqa: F811
     assert "mixtura cluster flowers.csv" in here("cluster", "--help", cwd=tmp_path).stdout
     code = "import sys; import mixtura.cli.app; print({'torch', 'pandas', 'sklearn'} & set(sys.modules))"
@@ -122,6 +137,12 @@ def test_help_teaches_with_examples_and_is_quick(here, tmp_path):  # noqa: F811
         (["full.csv", "--labels", "a"], "--labels a must hold classes, names or whole numbers, got 1.5"),
         (["full.csv", "--components", "9"], "n_components=9 needs as many samples"),
         (["full.csv", "--device", "warp"], "device must be 'auto', 'cpu', 'cuda' or the like, got 'warp'"),
+        (["full.csv", "--method", "adjusted-sdp"], "--method adjusted-sdp needs --components K"),
+        (
+            ["full.csv", "--method", "adjusted-sdp", "--components", "2", "--labels", "c"],
+            "--labels has no effect with --method adjusted-sdp",
+        ),
+        (["full.csv", "--method", "adjusted-sdp", "--components", "9"], "n_clusters=9 needs as many samples"),
         (["full.csv", "--components", "1", "--labels", "c"], "y has 2 classes and there are n_components=1"),
     ],
 )

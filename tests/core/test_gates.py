@@ -12,7 +12,9 @@ from mixtura.core.gates import (
     SparsityAwareGate,
     TemperatureSchedule,
     activation_gate,
+    best_experts,
     limit_capacity,
+    log_weights,
     soft,
     sparsity_scores,
     temperature_gate,
@@ -48,6 +50,28 @@ def test_renormalised_weights_are_those_of_mixtral_and_the_others_those_of_switc
     torch.testing.assert_close(top_k(x, 2).weights, probs / probs.sum(-1, keepdim=True))
     torch.testing.assert_close(top_k(x, 2, renormalise=False).weights, probs)
     assert torch.equal(top_k(x, 2).indices, chosen)
+
+
+@pytest.mark.parametrize(("n_experts", "k"), [(4, 1), (5, 3), (5, 5), (12, 2), (12, 12)])
+def test_the_mask_of_the_best_and_their_log_weights_are_those_of_top_k(n_experts, k):
+    x = logits(n_tokens=10_000, n_experts=n_experts)
+    routing = top_k(x, k)
+    chosen = torch.zeros_like(x, dtype=torch.bool).scatter(-1, routing.indices, True)
+    assert torch.equal(best_experts(x, k), chosen)
+    assert torch.equal(best_experts(x.T.contiguous(), k, dim=0), chosen.T)
+    log_weights_TE = log_weights(x, chosen)
+    torch.testing.assert_close(log_weights_TE.exp().gather(-1, routing.indices), routing.weights, rtol=1e-14, atol=0)
+    assert torch.isneginf(log_weights_TE[~chosen]).all()
+    if k == n_experts:
+        assert torch.equal(log_weights_TE, log_weights(x))
+
+
+def test_log_weights_keep_the_size_of_weights_that_underflow_and_give_the_unchosen_no_gradient():
+    x = torch.tensor([[0.0, -2000.0, 3.0]], dtype=torch.float64, requires_grad=True)
+    found = log_weights(x, torch.tensor([[True, True, False]]))
+    assert found[0, 1].item() == -2000.0
+    (grad,) = torch.autograd.grad(found[0, 0], x)
+    assert grad[0, 2] == 0 and grad.isfinite().all()
 
 
 def test_gradients_agree_with_finite_differences_and_unchosen_experts_get_none():

@@ -145,8 +145,11 @@ def test_both_routers_learn_from_the_loss_at_top_1(attention):
     assert len(routers) == 2 * (2 if attention != "average" else 1)
 
 
-def test_renormalising_is_an_option_that_is_off_and_stops_the_router_from_learning():
-    assert not BranchAttendConfig().renormalise
+def test_renormalising_is_off_for_one_expert_where_it_stops_the_router_from_learning():
+    assert (
+        not mix(branches()).config.norm_topk_prob
+        and mix(branches(), BranchAttendConfig(ffn_top_k=2)).config.norm_topk_prob
+    )
     mixture = mix(branches(), BranchAttendConfig(balance=0.0, z=0.0, renormalise=True)).train()
     mixture(TOKENS, labels=TOKENS).loss.backward()
     gates = [p.grad for n, p in mixture.named_parameters() if "mlp.gate.weight" in n]
@@ -203,8 +206,8 @@ torch.save(out, f"{sys.argv[1]}/logits")
     ("name", "config", "family"),
     [
         ("llama", BranchAttendConfig(attention="average"), "qwen2_moe"),
-        ("llama", BranchAttendConfig(attention="average", ffn_top_k=2, renormalise=True), "mixtral"),
-        ("llama", BranchAttendConfig(attention="average", ffn_top_k=2), "qwen2_moe"),
+        ("llama", BranchAttendConfig(attention="average", ffn_top_k=2), "mixtral"),
+        ("llama", BranchAttendConfig(attention="average", ffn_top_k=2, renormalise=False), "qwen2_moe"),
         ("qwen2", BranchAttendConfig(attention="average"), "qwen2_moe"),
         ("qwen3", BranchAttendConfig(attention="average"), "qwen3_moe"),
         ("olmo2", BranchAttendConfig(attention="average"), "flex_olmo"),

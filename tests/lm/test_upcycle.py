@@ -140,7 +140,7 @@ def test_branches_become_a_mixture_or_its_native_form():
     attended = upcycle(models, method="branch-attend-mix")
     trained = upcycle(list(models.values()), method="branch-train-mix", top_k=2)
     assert type(attended) is MixturaForCausalLM and attended.config.attention_experts == 2
-    assert trained.config.model_type == "qwen2_moe"
+    assert trained.config.model_type == "mixtral"
     trained.train()(TOKENS, labels=TOKENS).loss.backward()
 
 

@@ -8,6 +8,7 @@ drawn again from the file alone.
 import math
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -99,7 +100,8 @@ class Claim:
         baseline: what it is measured against, and how that was tuned.
         checks: what must hold at ``cpu`` and ``gpu`` scale.
         run: (scale, seed, scratch directory) -> figures of that seed. Numbers are judged and tabulated; what stands
-            under ``"detail"`` is kept for the plot.
+            under ``"detail"`` is kept for the plot. The directory may not exist yet; what an interrupted run left there is from
+            the same scale, seed and commit.
         plot: draws a record on a matplotlib figure.
         limits: what this run does not show.
         seeds: seeds per scale.
@@ -134,7 +136,7 @@ def run_claim(
     """Run a claim over its seeds and return its record.
 
     Each seed's figures are saved under ``scratch`` as soon as they are there, so an interrupted run continues with the
-    next seed. A saved seed is used only by the same commit of the code.
+    next seed, and with what that seed's run kept for itself. Both are used only by the same commit of the code.
 
     Args:
         claim: what to run.
@@ -156,9 +158,13 @@ def run_claim(
             row = read_json(kept) if resume and kept.exists() else {}
             if row.get("commit") != commit or commit.endswith("+"):
                 began = time.perf_counter()
-                figures = claim.run(scale, seed, scratch)
+                parts = scratch / f"{claim.system}-{scale}-{seed}-{commit}"
+                if not resume or commit.endswith("+") or commit == "unknown":
+                    shutil.rmtree(parts, ignore_errors=True)  # of which code they are, nobody can tell
+                figures = claim.run(scale, seed, parts)
                 row = {"seed": seed, "commit": commit, "seconds": time.perf_counter() - began, **_plain(figures)}
                 write_json(kept, row)
+                shutil.rmtree(parts, ignore_errors=True)
             rows.append(row)
             shown.update()
     verdict, checks = judge(claim, rows)

@@ -25,7 +25,7 @@ def draw(path: Path, X: np.ndarray, names: Sequence[str], model: Any, curve: Any
         path: .png, .svg or .pdf.
         X: samples, shape (N, F); gaps are drawn at the mean.
         names: of the features.
-        model: fitted mixture.
+        model: fitted clustering with ``labels_``, ``means_``, ``weights_`` and ``gaussians_``.
         curve: :class:`mixtura.density.selection.Selection`, or None.
         titles: name of each cluster.
     """
@@ -73,7 +73,7 @@ def _draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str]) -> 
         )  # fmt: skip
     axes.set_xlabel(f"first principal component ({shares[0]:.0%} of the variance)")
     axes.set_ylabel(f"second ({shares[1]:.0%})")
-    axes.set_title(f"{model.n_components} clusters; ellipses at one and two standard deviations", fontsize=10)
+    axes.set_title(f"{len(titles)} clusters; ellipses at one and two standard deviations", fontsize=10)
     axes.set_aspect("equal", adjustable="datalim")
 
 
@@ -91,7 +91,7 @@ def _draw_line(axes: Any, x_N: np.ndarray, name: str, model: Any, titles: Sequen
     axes.plot(grid, total, color="black", lw=1, label="mixture")
     axes.set_xlabel(name)
     axes.set_ylabel("density")
-    axes.set_title(f"{model.n_components} clusters", fontsize=10)
+    axes.set_title(f"{len(titles)} clusters", fontsize=10)
     axes.legend(frameon=False, fontsize=9)
 
 

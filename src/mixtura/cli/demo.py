@@ -24,7 +24,7 @@ def demo(
         typer.Option(help="Directory or file of one domain; repeat for two or more. Default: code, prose, arithmetic."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path("mixtura-demo"),
-    steps: Annotated[int, typer.Option(help="Training steps of each specialist and of each mixture.")] = 8,
+    steps: Annotated[int, typer.Option(help="Training steps of each specialist and of each mixture.")] = 6,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens a row.")] = 128,
     bits: Annotated[float, typer.Option(help="Average bits of an expert's weight after compression.")] = 2.5,

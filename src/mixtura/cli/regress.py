@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -12,7 +13,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli import regress_gated
 from mixtura.cli.added_columns import check_places, write_beside
+from mixtura.cli.regress_gated import GateName
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
@@ -27,6 +30,7 @@ class MethodName(StrEnum):
     """Ways to regress."""
 
     scale_mixture = "scale-mixture"
+    gated = "gated"
 
 
 class PriorName(StrEnum):
@@ -82,6 +86,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def regress(
+    context: typer.Context,
     table: Annotated[
         Path, typer.Argument(help="CSV, TSV or Parquet file (or folder); the first line names the columns.")
     ],
@@ -89,7 +94,15 @@ def regress(
     ignore: Annotated[
         list[str] | None, typer.Option(help="Column to leave out, such as a name; repeat for more.")
     ] = None,
-    method: Annotated[MethodName, typer.Option(help="How to regress.")] = MethodName.scale_mixture,
+    method: Annotated[
+        MethodName | None, typer.Option(help="How to regress. Default: gated with --gate, else scale-mixture.")
+    ] = None,
+    gate: Annotated[GateName | None, typer.Option(help="Gate of the gated method.")] = None,
+    experts: Annotated[int, typer.Option(help="Lines of the gated method.")] = 3,
+    active: Annotated[
+        int | None, typer.Option(help="Lines that answer at an input, for --gate topk. Default: 1.")
+    ] = None,
+    activation: Annotated[str | None, typer.Option(help="tanh, sigmoid or another, for --gate activation.")] = None,
     prior: Annotated[PriorName, typer.Option(help="What is assumed of the scale.")] = PriorName.inverse_gamma,
     kernel: Annotated[KernelName, typer.Option(help="Activation of the wide network.")] = KernelName.relu,
     depth: Annotated[int, typer.Option(help="Hidden layers of the wide network.")] = 2,
@@ -109,14 +122,21 @@ def regress(
     Writes the table again with the prediction and its band beside it. A row whose target is known is predicted by a model that
     did not see it (cross-validation); a row whose target is empty by one that saw all others. Units do not matter.
 
-    The summary compares with a plain process, tuned alike: NLL (nats a target, lower is better), RMSE, and the share of
-    targets inside the band. The mixture gains most where rows are few.
+    Two methods. **scale-mixture** is one curve whose band follows the data, for few rows, compared with a plain process.
+    **gated** is several lines, each in charge where a gate says so, compared with one line; `--gate topk` cuts the inputs into
+    regions, the others blend. It names each line and adds the likeliest expert of every row.
+
+    The summary gives NLL (nats a target, lower is better), RMSE, and the share of targets inside the band, all held out.
 
     Examples:
 
         mixtura regress cars.csv --target mpg --plot cars.png
 
         mixtura regress cars.csv --target mpg --ignore name --folds 10 --band 0.8
+
+        mixtura regress cars.csv --target mpg --ignore name --gate topk --experts 2 --plot lines.png
+
+        mixtura regress cars.csv --target mpg --ignore name --gate activation --activation sigmoid --experts 3
 
         mixtura regress yield.parquet --target tons --prior burr --kernel erf --out filled.parquet
     """
@@ -128,36 +148,67 @@ def regress(
     out = out or Path(f"{table.stem}-predicted.csv")
     check_places(table, out, plot)
     _check(depth, folds, band, starts)
-    job = _read(table, target, ignore or [])
+    method = _method(context, method, gate)
+    job = _read(table, target, ignore or [], MOST_ROWS if method is MethodName.scale_mixture else None)
     n_known = int((job.y == job.y).sum())
     empty = f", {len(job.y) - n_known:,} of them without {target}" if n_known < len(job.y) else ""
     folds = min(folds, n_known)
-    # The search keeps the recursion for its gradients: about six matrices a layer.
-    gigabytes = n_known**2 * 8 * (6 * depth + 4) / 1e9
-    say(
-        f"{table}: {len(job.y):,} rows of {len(job.names)} numeric columns{empty}; {method.value} and a plain process, "
-        f"{folds} folds, about {max(gigabytes, 0.01):.2f} GB of memory"
-    )
+    if method is MethodName.gated:
+        gate = gate or GateName.softmax
+        makers = regress_gated.makers(gate, experts, active, activation, device, seed)
+        ask, what = regress_gated.ask, f"{experts} lines, {gate.value} gate, and one line, {folds} folds"
+    else:
+        options = {"kernel": kernel.value, "depth": depth, "n_restarts": starts - 1, "device": device, "seed": seed}
+        makers = _processes({method.value: prior.value, "plain process": "fixed"}, options)
+        # The search keeps the recursion for its gradients: about six matrices a layer.
+        gigabytes = n_known**2 * 8 * (6 * depth + 4) / 1e9
+        memory = f"about {max(gigabytes, 0.01):.2f} GB of memory"
+        ask, what = _ask, f"{method.value} and a plain process, {folds} folds, {memory}"
+    say(f"{table}: {len(job.y):,} rows of {len(job.names)} numeric columns{empty}; {what}")
     if dry_run:
         say(f"would write {out}" + (f" and {plot}" if plot else ""))
         return
-    options = {"kernel": kernel.value, "depth": depth, "n_restarts": starts - 1, "device": device, "seed": seed}
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        rivals = {method.value: prior.value, "plain process": "fixed"}
-        held, models = _held_out(job, rivals, folds, band, options, seed)
+        held, models = _held_out(job, makers, ask, folds, band, seed)
     for message in dict.fromkeys(str(warning.message) for warning in heard if warning.category is UserWarning):
         say(f"note: {message}")
-    ours = held[method.value]
+    ours = held[next(iter(makers))]
     columns = {"predicted": ours.location, "low": ours.low, "high": ours.high}
-    write_beside(out, job.table, {name: _digits(values) for name, values in columns.items()})
-    if plot is not None:
+    added = {name: _digits(values) for name, values in columns.items()}
+    shown = Console(highlight=False, width=max(console.width, 100))
+    if method is MethodName.gated:
+        model, known = next(iter(models.values())), job.y == job.y
+        added |= {name: _digits(values) for name, values in regress_gated.added_columns(model, job.X).items()}
+        shown.print(regress_gated.experts_table(model, job.X[known], job.names))
+    write_beside(out, job.table, added)
+    if plot is not None and method is MethodName.gated:
+        regress_gated.draw(plot, model, job.X[known], job.y[known], job.names, target, band)
+    elif plot is not None:
         from mixtura.cli.regress_picture import draw
 
         draw(plot, job, target, held, models, band)
-    Console(highlight=False, width=max(console.width, 100)).print(_summary(job.y, held, band))
+    shown.print(_summary(job.y, held, band))
     written = [str(path) for path in (out, plot) if path is not None]
     say(f"{' and '.join(written)} {'is' if len(written) == 1 else 'are'} written")
+
+
+def _method(context: typer.Context, method: MethodName | None, gate: GateName | None) -> MethodName:
+    """The method that was asked for, by name or by a gate; an option of the other one is an error."""
+    found = method or (MethodName.gated if gate is not None else MethodName.scale_mixture)
+    own = {
+        MethodName.scale_mixture: ("prior", "kernel", "depth", "starts"),
+        MethodName.gated: ("gate", "experts", "active", "activation"),
+    }
+    for other in own:
+        for name in own[other] if other is not found else ():
+            source = context.get_parameter_source(name)
+            if source is not None and source.name == "COMMANDLINE":
+                hint = (
+                    "; choose one with --gate" if name in ("experts", "active", "activation") and gate is None else ""
+                )
+                raise ValueError(f"--{name} is for --method {other.value}, not for {found.value}{hint}")
+    return found
 
 
 def _check(depth: int, folds: int, band: float, starts: int) -> None:
@@ -170,7 +221,7 @@ def _check(depth: int, folds: int, band: float, starts: int) -> None:
             raise ValueError(f"--{name} must be >= 1, got {value}")
 
 
-def _read(path: Path, target: str, ignore: list[str]) -> Job:
+def _read(path: Path, target: str, ignore: list[str], most: int | None) -> Job:
     import numpy as np
 
     from mixtura.data.tables import column, numbers, read_table
@@ -184,9 +235,10 @@ def _read(path: Path, target: str, ignore: list[str]) -> Job:
     known = int(np.isfinite(y).sum())
     if known < 4:
         raise ValueError(f"{path}: column {name!r} has {known} values; cross-validation needs at least 4")
-    if known > MOST_ROWS:
+    if most is not None and known > most:
         raise ValueError(
-            f"{path} has {known:,} rows with {name!r} and an exact process takes at most {MOST_ROWS:,}; draw as many at random"
+            f"{path} has {known:,} rows with {name!r} and an exact process takes at most {most:,}; draw as many "
+            "at random, or take lines instead: --gate softmax"
         )
     try:
         X, names = numbers(table, without=[name, *without])
@@ -196,35 +248,50 @@ def _read(path: Path, target: str, ignore: list[str]) -> Job:
     return Job(table, X, names, y)
 
 
-def _held_out(
-    job: Job, rivals: dict[str, str], folds: int, band: float, options: dict[str, Any], seed: int
-) -> tuple[dict[str, Held], dict[str, Any]]:
-    """What each rival says of rows that it did not see, and each rival fitted to all rows with a target."""
-    import numpy as np
+def _processes(rivals: dict[str, str], options: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """How to make each rival, from the name of its prior; features are scaled by the training rows alone."""
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    from mixtura.core.progress import bar
     from mixtura.density import ScaleMixtureRegressor
+
+    return {
+        name: lambda prior=prior: make_pipeline(  # type: ignore[misc]
+            StandardScaler(), ScaleMixtureRegressor(scale_prior=prior, **options)
+        )
+        for name, prior in rivals.items()
+    }
+
+
+def _ask(model: Any, X: np.ndarray, y: np.ndarray, band: float) -> tuple[np.ndarray, ...]:
+    """Prediction, ends of the band, and log density of the targets."""
+    found = model[-1].predict_distribution(model[0].transform(X))
+    return found.location, *found.interval(band), found.log_prob(y)
+
+
+def _held_out(
+    job: Job, makers: dict[str, Callable[[], Any]], ask: Callable[..., Any], folds: int, band: float, seed: int
+) -> tuple[dict[str, Held], dict[str, Any]]:
+    """What each rival says of rows that it did not see, and each rival fitted to all rows with a target."""
+    import numpy as np
+
+    from mixtura.core.progress import bar
 
     known = np.flatnonzero(np.isfinite(job.y))
     parts = np.array_split(np.random.default_rng(seed).permutation(known), folds)
     rounds = [(np.setdiff1d(known, part), part) for part in parts]
     rounds.append((known, np.flatnonzero(~np.isfinite(job.y))))
-    held = {name: Held(*(np.full(len(job.y), np.nan) for _ in range(4))) for name in rivals}
+    held = {name: Held(*(np.full(len(job.y), np.nan) for _ in range(4))) for name in makers}
     models = {}
-    with bar(desc="regress", unit="fit", total=len(rounds) * len(rivals)) as shown:
+    with bar(desc="regress", unit="fit", total=len(rounds) * len(makers)) as shown:
         for train, asked in rounds:
-            for name, prior in rivals.items():
-                # Features are scaled by the training rows alone.
-                model = make_pipeline(StandardScaler(), ScaleMixtureRegressor(scale_prior=prior, **options))
-                model.fit(job.X[train], job.y[train])
-                models[name] = model
+            for name, make in makers.items():
+                model = models[name] = make().fit(job.X[train], job.y[train])
                 if len(asked):
-                    found = model[-1].predict_distribution(model[0].transform(job.X[asked]))
-                    held[name].location[asked] = found.location
-                    held[name].low[asked], held[name].high[asked] = found.interval(band)
-                    held[name].log_density[asked] = found.log_prob(job.y[asked])
+                    answers = ask(model, job.X[asked], job.y[asked], band)
+                    into = (held[name].location, held[name].low, held[name].high, held[name].log_density)
+                    for column, answer in zip(into, answers, strict=True):
+                        column[asked] = answer
                 shown.update()
     return held, models
 

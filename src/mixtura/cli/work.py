@@ -243,7 +243,7 @@ def demo(
     mixtures = cost.Size(round(dense.total * 3.4), round(dense.total * 1.9))
     tokens = config.steps * config.batch_size * config.length
     branch = cost.estimate(dense, trained_tokens=tokens * len(domains))
-    whole = cost.estimate(mixtures, trained_tokens=3 * tokens, forward_tokens=60_000, trained_share=0.5)
+    whole = cost.estimate(mixtures, trained_tokens=3 * tokens, forward_tokens=30_000, trained_share=0.5)
     say(
         f"the life of a mixture, from {source} over {', '.join(domains)}: up to "
         f"{cost.Cost(mixtures, 5 * mixtures.total * 2, whole.memory, branch.seconds + whole.seconds + 120)}"

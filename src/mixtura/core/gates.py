@@ -36,15 +36,18 @@ __all__ = [
     "SparsityAwareGate",
     "TemperatureSchedule",
     "activation_gate",
+    "best_experts",
     "capacity",
     "capacity_select",
     "limit_capacity",
+    "log_weights",
     "soft",
     "sparsity_scores",
     "temperature_gate",
     "top_k",
 ]
 
+_FEW = 8  # experts up to which all pairs are compared; each pair is one pass over the tokens
 _EPS = 1e-6  # added to a variance before its square root
 
 
@@ -123,6 +126,61 @@ def top_k(
     else:
         weights_TK = probs_TE.gather(-1, indices_TK)
     return Routing(weights=weights_TK, indices=indices_TK, logits=logits_TE, probs=probs_TE)
+
+
+def best_experts(scores: Tensor, k: int, *, dim: int = -1) -> Tensor:
+    """Which experts are among the k best: those that `top_k` would choose, as a mask in index order.
+
+    Args:
+        scores: any shape, experts along ``dim``. No NaN.
+        k: between 1 and the number of experts.
+        dim: where the experts are. With tokens last, every comparison is one pass over contiguous memory.
+    Returns:
+        Boolean, shape of ``scores``, k True along ``dim``; of two equal scores the lower index wins.
+    Raises:
+        ValueError: k out of range.
+    Example:
+        >>> best_experts(torch.tensor([0.0, 2.0, 2.0, 2.0]), 2)
+        tensor([False,  True,  True, False])
+    """
+    n_experts = scores.shape[dim]
+    _check_k(k, n_experts)
+    scores = scores.detach()
+    if n_experts <= _FEW:
+        parts = scores.unbind(dim)
+        beaten = [torch.zeros_like(part, dtype=torch.int8) for part in parts]
+        for i in range(n_experts):
+            for j in range(i + 1, n_experts):
+                wins = parts[i] >= parts[j]
+                beaten[j] += wins
+                beaten[i] += ~wins
+        return torch.stack([count < k for count in beaten], dim)
+    left, chosen = scores.clone(), torch.zeros_like(scores, dtype=torch.bool)
+    for _ in range(k):
+        best = left.max(dim, keepdim=True).indices  # of equal entries the first
+        chosen.scatter_(dim, best, True)
+        left.scatter_(dim, best, -torch.inf)
+    return chosen
+
+
+def log_weights(logits: Tensor, chosen: Tensor | None = None, *, dim: int = -1) -> Tensor:
+    """Logarithm of the gate's weights: log softmax over the chosen experts, exactly minus infinity for the others.
+
+    In the log domain a weight of e^-1000 still has a size, which a likelihood needs.
+
+    Args:
+        logits: any shape, experts along ``dim``, after division by a temperature.
+        chosen: mask of the same shape, at least one True along ``dim``; None: all. See `best_experts`.
+        dim: where the experts are.
+    Returns:
+        Shape of ``logits``; exponentials sum to 1 along ``dim``. No gradient reaches the logit of an expert not chosen.
+    Example:
+        >>> log_weights(torch.tensor([0.0, 5.0, 0.0]), torch.tensor([True, False, True])).exp()
+        tensor([0.5000, 0.0000, 0.5000])
+    """
+    if chosen is not None:
+        logits = logits.masked_fill(~chosen, -torch.inf)
+    return logits.log_softmax(dim)
 
 
 def temperature_gate(logits: Tensor, temperature: float | Tensor, *, threshold: float = 0.0) -> Routing:

@@ -52,8 +52,8 @@ class Classes:
         return found
 
 
-def as_labels(y: Any) -> np.ndarray:
-    """Labels as int64, shape (N,).
+def as_labels(y: Any, name: str = "y") -> np.ndarray:
+    """Labels as int64, shape (N,); ``name`` is what errors call them.
 
     Raises:
         ValueError: labels that are not whole numbers, or negative ones other than -1; the first is named.
@@ -66,20 +66,20 @@ def as_labels(y: Any) -> np.ndarray:
             found = np.asarray(found, dtype=np.float64)
         except (TypeError, ValueError):
             raise ValueError(
-                f"y must hold whole numbers, -1 for unlabelled, got {str(found[0])!r}; number the classes first "
+                f"{name} must hold whole numbers, -1 for unlabelled, got {str(found[0])!r}; number the classes first "
                 "(pandas.factorize does)"
             ) from None
     if found.dtype.kind == "f":
         bad = np.flatnonzero(~(np.isfinite(found) & (found == np.round(found))))
         if len(bad):
             raise ValueError(
-                f"y must hold whole numbers, -1 for unlabelled, got {found[bad[0]]} at position {bad[0]} "
+                f"{name} must hold whole numbers, -1 for unlabelled, got {found[bad[0]]} at position {bad[0]} "
                 "(Unknown label type: continuous values are no classes)"
             )
     found = found.astype(np.int64)
     bad = np.flatnonzero(found < UNLABELLED)
     if len(bad):
-        raise ValueError(f"y must be >= 0, or -1 for unlabelled, got {found[bad[0]]} at position {bad[0]}")
+        raise ValueError(f"{name} must be >= 0, or -1 for unlabelled, got {found[bad[0]]} at position {bad[0]}")
     return found
 
 

@@ -34,7 +34,7 @@ SEED_NAME = "general"  # the untouched dense model takes part as an expert of it
 GENERAL_SHARE = 0.1  # share of the other domains in a specialist's training (BAM, sec. 3)
 MEASURED_BLOCKS = 3  # held-out blocks a domain
 DEVELOPMENT_BLOCKS = 2  # blocks a domain from the training part, never trained on: they choose the mixture
-CALIBRATION_BLOCKS = 16
+CALIBRATION_BLOCKS = 12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class LifeConfig:
         seed: of everything that chance enters.
     """
 
-    steps: int = 8
+    steps: int = 6
     batch_size: int = 2
     length: int = 128
     bits: float = 2.5
@@ -260,9 +260,7 @@ def _upcycled(run: _Run, source: Path, specialists: Mapping[str, Path], method: 
         # Paths, so that the sources are read tensor by tensor and never stand in memory as a whole.
         if method == "copy":
             return upcycle(source, method="copy", n_experts=len(specialists), top_k=k, seed=seed)
-        # The paper takes one expert at its own softmax value. Two random ones would have about half the weight, which
-        # a training this short does not mend; and made to sum to 1, two still teach their gate by their ratio.
-        return upcycle(specialists, method="branch-attend-mix", attention=method, top_k=k, seed=seed, renormalise=k > 1)
+        return upcycle(specialists, method="branch-attend-mix", attention=method, top_k=k, seed=seed)
 
     recipe = {
         "copy": "Every expert is a copy of the dense feed-forward layer; router random.",
@@ -355,7 +353,7 @@ def _measure(run: _Run, name: str, path: Path, made: Meter | None, model: Any, s
             model, _ = load(path, dtype="quick", device=run.device)
         losses = {n: token_losses(model, rows, batch_size=4) for n, rows in run.held_out.items()}
         first = next(iter(run.held_out.values()))
-        pace = speed(model, first[:1])
+        pace = speed(model, first[:1], new_tokens=8)
     size = size or model_size(model)
     disk = directory_bytes(path)
     stage = Stage(

@@ -28,7 +28,7 @@ def branch_train_mix(
     models: Mapping[str, PreTrainedModel | str | Path],
     *,
     ffn_top_k: int = 1,
-    renormalise: bool = False,
+    renormalise: bool | None = None,
     balance: float = 0.01,
     z: float = 0.001,
     router_std: float = 0.02,
