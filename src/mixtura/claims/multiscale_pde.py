@@ -404,7 +404,8 @@ LIMITS = (
     "P2 has 300 points, not 900. Solver and processes know the paper's F of each problem; random features are tuned instead. "
     "Only networks differ by seed. Fewer components at equal L by log weights is the card's bar and fails on P1: both ways have "
     "the same optimum, and Adam's first step on linear weights is larger than they are, so that clamping leaves one component "
-    "at once. Those it drops cannot come back; log weights reach a higher L in as many steps. Chebyshev collocation on as many "
+    "at once. Those it drops cannot come back; in as many steps log weights reach a higher L with Gaussian bumps, judged here, "
+    "and a lower one with Student bumps. Chebyshev collocation on as many "
     "points is nearer on these smooth problems. The paper's grids in two dimensions are run at gpu scale only."
 )
 
