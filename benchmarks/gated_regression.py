@@ -95,7 +95,7 @@ def plain_fit(
             loss.backward()
             return loss
 
-        if -float(steps.step(closure)) >= goal:
+        if -float(steps.step(closure).detach()) >= goal:
             break
     return model
 

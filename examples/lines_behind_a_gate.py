@@ -4,9 +4,12 @@ python examples/lines_behind_a_gate.py
 """
 
 import numpy as np
+import torch
 
 from mixtura.data.samples import sample
-from mixtura.density import GatedRegression, activation_independence
+from mixtura.density import GatedRegression, MixingMeasure, activation_independence
+from mixtura.density.gated_law import GateRule
+from mixtura.density.rates import Truth
 
 cars = sample("autompg")
 X, mpg = cars.X[:, [cars.columns.index("weight")]] / 1000, cars.y  # thousands of pounds
@@ -21,9 +24,11 @@ for name, gate in {
     print(f"{name:20} {model.log_likelihood_:.3f} nats a car: {lines}")
 print("regions:", [(round(low, 2), round(high, 2), active) for low, high, active in model.regions_])
 
-# A temperature that is learned beside linear slopes cannot be known; behind tanh it can.
-for gate in ("temperature", "activation"):
-    model = GatedRegression(2, gate=gate).fit(X, mpg)
+# A temperature that is learned beside linear slopes cannot be known; behind tanh it can. Here it is 0.6.
+for gate, rule in {"linear": GateRule("temperature"), "tanh": GateRule("activation")}.items():
+    atoms = MixingMeasure.of([1.65, 1.0], [[3.0], [0.0]], 0.6, [[2.0], [-1.5]], [1.0, -1.0], [0.25, 0.36])
+    drawn, y = (v[0].numpy() for v in Truth(atoms, rule).sample(8000, [torch.Generator().manual_seed(0)]))
+    model = GatedRegression(2, gate=rule.kind, origin="zero").fit(drawn, y)
     error = model.standard_errors_["temperature"]
     known = "nobody can tell" if np.isnan(error) else f"give or take {error:.2f}"
     print(f"{gate:12} temperature {model.temperature_:.2f}, {known}")

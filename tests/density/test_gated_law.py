@@ -112,3 +112,12 @@ def test_the_activations_own_flag_agrees_with_the_measured_independence():
 def test_a_test_of_an_activation_that_cannot_be_made_says_why(arguments, message):
     with pytest.raises(ValueError, match=message):
         activation_independence(**arguments)
+
+
+def test_pairs_that_are_thinned_are_spread_evenly_and_weigh_one_together():
+    *_, pairs = law(n=60)
+    few = pairs.thinned(20)
+    assert few.n == 20
+    torch.testing.assert_close(few.x, pairs.x[..., ::3])
+    torch.testing.assert_close(few.weight.sum(-1), torch.ones(2, dtype=torch.float64))
+    assert pairs.thinned(60) is pairs

@@ -209,7 +209,7 @@ def test_a_start_with_an_expert_of_two_rows_is_passed_over_and_counted_where_the
     x = np.sort(rng.uniform(-1, 1, (80, 1)), 0)
     y = np.where(x[:, 0] > 0.1, 3 - 2 * x[:, 0], x[:, 0]) + 0.1 * rng.normal(size=80)
     y[-2:] = 9.0  # two rows on a line of their own, with no spread at all
-    model = GatedRegression(3, gate="top-k", top_k=1, top_k_bias=True, n_init=20).fit(x, y)
+    model = GatedRegression(3, gate="top-k", top_k=1, top_k_bias=True, n_init=10).fit(x, y)
     assert model.responsibilities(x, y).sum(0).min() >= 3 and model.variance_.min() > 1e-4
     with pytest.warns(UserWarning, match="all 5 fits that were tried are degenerate"):
         GatedRegression(2).fit(x, 3 * x[:, 0])

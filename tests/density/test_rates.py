@@ -90,10 +90,14 @@ from pathlib import Path
 import torch
 torch.set_num_threads(1)
 sys.path.insert(0, sys.argv[1])
-from test_rates import LOSS, two_lines, GateRule, fit_near, rate_experiment
+from gated_cases import two_lines
 from mixtura.core.checkpoint import write_json
+from mixtura.density.gated_law import GateRule
 from mixtura.density.processes import join
+from mixtura.density.rates import fit_near, rate_experiment
+from mixtura.density.voronoi import voronoi_loss
 
+LOSS = {"loss": lambda fits, truth: [voronoi_loss(m, truth.measure, "linear-gate") for m in fits.measures()]}
 truth, folder = two_lines(GateRule("temperature")), Path(sys.argv[2])
 result = rate_experiment(truth, fit_near(truth), (100, 200), 5, LOSS, 1, folder=folder, at_once=2, distributed=True)
 write_json(folder / f"rank{join(True).rank}.json", result.to_json())

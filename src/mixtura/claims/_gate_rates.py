@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 from scipy.optimize import linear_sum_assignment
 
 from mixtura.density.rates import Fits, RateResult, Truth
@@ -90,3 +91,7 @@ def draw_errors(
     axes.plot(sizes, middle, "o", linestyle=style, color=colour, markersize=3.5, linewidth=1.4, label=label)
     axes.fill_between(sizes, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.set(xscale="log", yscale="log", xlabel="sample size")
+    # Less than a decade, or little more: powers of ten alone would leave an axis without numbers.
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())

@@ -24,6 +24,7 @@ REFRESH = 15  # steps after which the metric is taken anew
 DAMPING = 1e-7  # of the metric with unit diagonal
 HALVINGS = 25
 LARGEST_METRIC = 400  # parameters; beyond, the metric is a multiple of one
+METRIC_SAMPLES = 1 << 14  # a metric need not be exact: the values of the function are
 
 
 class Objective(Protocol):
@@ -40,6 +41,9 @@ class Objective(Protocol):
 
     def take(self, rows: Tensor) -> Self:
         """The objectives of some fits."""
+
+    def thinned(self, n: int) -> Self:
+        """The objectives on at most ``n`` samples a fit."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +163,7 @@ def _metric(objective: Objective, theta: Tensor, free: Tensor) -> Tensor | None:
     if int(free.sum()) > LARGEST_METRIC:
         return None
     both = free[:, None] & free
-    found = objective.information(theta) * both
+    found = objective.thinned(METRIC_SAMPLES).information(theta) * both
     scale = found.diagonal(dim1=-2, dim2=-1)
     # A parameter that nothing depends on (an idle expert's) keeps a metric of its own.
     scale = torch.where(scale > 1e-12, scale, 1.0).sqrt()

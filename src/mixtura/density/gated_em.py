@@ -2,7 +2,7 @@
 
 Experts are maximised exactly (weighted least squares), the gate by a few steps that never lower its part of the bound. A
 top-k gate's bound jumps where a pair changes its experts, so there a gate step counts only if the likelihood with the
-regions drawn anew has risen; else it is halved or dropped.
+regions drawn anew has risen; else it is shortened or dropped.
 
 Shapes: R fits, E experts, D features, N pairs, P parameters.
 Sources: Jordan and Jacobs 1994, sec. 3 (EM of mixtures of experts); 2309.13850 and 2401.13875 for the gates.
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,8 +27,7 @@ __all__ = ["Box", "GateBound", "Given", "expectation", "experts_step", "fit_em",
 RIDGE = 1e-11  # of the mean square of the inputs: keeps a least-squares system of two pairs solvable
 IDLE = 1e-9  # share of pairs below which an expert keeps its parameters
 GATE_STEPS = 4  # of the gate in one iteration; more would only finish what the next iteration changes
-MOVES = 20  # halvings of a gate step of top-k
-SPARSE = 0.25  # share of experts that answer, up to which their pairs are picked out
+MOVES = 10  # lengths that a gate step of top-k is tried at, each a quarter of the one before
 
 
 @dataclass(frozen=True)
@@ -105,9 +104,7 @@ def expectation(given: Given, theta: Tensor) -> tuple[Tensor, Tensor, Tensor | N
         r_REN[..., where] = (found.joint - found.log_density[:, None]).exp()
         if mask is not None and open_REN is not None:
             mask[..., where] = ~torch.isneginf(found.log_gate)
-            # Gate and density of every expert, also of those at minus infinity.
-            log_f_REN = evaluate(replace(rule, top_k=e), layout, theta, part).joint
-            open_REN[..., where] = log_f_REN.softmax(1)
+            open_REN[..., where] = (found.logit + found.log_f).softmax(1)
     return value, r_REN, mask, open_REN
 
 
@@ -149,16 +146,9 @@ def _moments(given: Given, responsibilities: Tensor) -> tuple[Tensor, Tensor, Te
     r, e = responsibilities.shape[:2]
     rows, columns = torch.triu_indices(d, d)
     total = responsibilities.new_zeros(r, e, len(rows) + d + 1)
-    if given.rule.kind == "top-k" and r == 1 and given.rule.top_k <= SPARSE * e:
-        for i in range(e):
-            mine = responsibilities[0, i].nonzero()[:, 0]
-            part = Pairs(pairs.x[..., mine], pairs.y[:, mine], None if pairs.weight is None else pairs.weight[:, mine])
-            weight_1N = responsibilities[:, i, mine] * (1 / pairs.n if part.weight is None else part.weight)
-            total[:, i] = (weight_1N[:, None] @ _products(part).mT)[:, 0]
-    else:
-        for part, where in pairs.blocks(given.likelihood.width(len(pairs.y), len(rows) + d + 1)):
-            scale = 1 / pairs.n if part.weight is None else part.weight[:, None]
-            total += (responsibilities[..., where] * scale) @ _products(part).mT
+    for part, where in pairs.blocks(given.likelihood.width(len(pairs.y), len(rows) + d + 1)):
+        scale = 1 / pairs.n if part.weight is None else part.weight[:, None]
+        total += (responsibilities[..., where] * scale) @ _products(part).mT
     second = total.new_empty(r, e, d, d)
     second[..., rows, columns] = total[..., : len(rows)]
     second[..., columns, rows] = total[..., : len(rows)]
@@ -194,6 +184,12 @@ class GateBound:
         mask = None if self.mask is None else self.mask[rows]
         return GateBound(self.rule, self.layout, self.pairs.take(rows), self.responsibilities[rows], mask)
 
+    def thinned(self, n: int) -> GateBound:
+        """Of at most ``n`` pairs a fit."""
+        step = -(-self.pairs.n // n)
+        mask = None if self.mask is None else self.mask[..., ::step]
+        return GateBound(self.rule, self.layout, self.pairs.thinned(n), self.responsibilities[..., ::step], mask)
+
     def value(self, theta: Tensor) -> Tensor:
         """Shape (R,)."""
         return self.at(theta)[0]
@@ -218,12 +214,14 @@ class GateBound:
         linear."""
         r, p = theta.shape
         e, d = self.layout.n_experts, self.layout.n_features
-        total = theta.new_zeros(r, p, p)
-        where = self.layout.split(torch.arange(p, device=theta.device)[None])
+        # G gate parameters in the order of `Layout`: slopes, biases, log temperature. The experts' have no part in it.
+        at = self.layout.split(torch.arange(p, device=theta.device)[None])
+        gate_G = torch.cat([at.slope.flatten(), at.bias.flatten(), at.log_temperature])
+        total = theta.new_zeros(r, len(gate_G), len(gate_G))
         for part, _, gate in self._blocks(theta, rows=e * (d + 2)):
             p_REN, scale = gate.log_gate.exp(), part.weights()
-            # Derivatives of each logit by its own slope, its bias, and the common log temperature.
             by_temperature_REN = -gate.logit if self.rule.has_temperature else torch.zeros_like(gate.logit)
+            # Derivatives of each logit by its own slope, its bias, and the common log temperature.
             z_REdN = torch.cat(
                 [
                     part.x[:, None, :-1] * gate.inner[:, :, None],
@@ -232,14 +230,23 @@ class GateBound:
                 ],
                 2,
             )
-            weighted_REdN = z_REdN * (p_REN * scale)[:, :, None]
-            mean_RPN = z_REdN.new_zeros(r, p, part.n)
+            weighted_REdN = z_REdN * p_REN[:, :, None]
+            own_REdd = (weighted_REdN * (scale if isinstance(scale, float) else scale[:, None])) @ z_REdN.mT
             for i in range(e):
-                own = torch.cat([where.slope[0, i], where.bias[0, i : i + 1], where.log_temperature])
-                total[:, own[:, None], own] += weighted_REdN[:, i] @ z_REdN[:, i].mT
-                mean_RPN[:, own] += z_REdN[:, i] * p_REN[:, i, None]
-            total -= (mean_RPN * scale) @ mean_RPN.mT
-        return total
+                own = torch.cat([torch.arange(i * d, (i + 1) * d), torch.tensor([e * d + i, e * (d + 1)])])
+                total[:, own[:, None], own] += own_REdd[:, i]
+            mean_RGN = torch.cat(
+                [
+                    weighted_REdN[:, :, :d].flatten(1, 2),
+                    weighted_REdN[:, :, d],
+                    weighted_REdN[:, :, d + 1].sum(1, keepdim=True),
+                ],
+                1,
+            )
+            total -= (mean_RGN * scale) @ mean_RGN.mT
+        found = theta.new_zeros(r, p, p)
+        found[:, gate_G[:, None], gate_G] = total
+        return found
 
     def _blocks(self, theta: Tensor, rows: int | None = None) -> Iterator[tuple[Pairs, Tensor, _Gate]]:
         parts = self.layout.split(theta)
@@ -329,7 +336,7 @@ def fit_em(
 
 
 def _best_move(given: Given, theta: Tensor, proposals: tuple[Tensor, ...]) -> Tensor:
-    """The best, by the likelihood with regions drawn anew, of staying and of each proposal, halved until it rises."""
+    """The best, by the likelihood with regions drawn anew, of staying and of each proposal, shortened until it rises."""
     likelihood = given.likelihood
     stay = likelihood.value(theta)
     best, best_value = theta, stay
@@ -343,5 +350,5 @@ def _best_move(given: Given, theta: Tensor, proposals: tuple[Tensor, ...]) -> Te
             waiting &= ~(value > stay)
             if not bool(waiting.any()):
                 break
-            tried = torch.where(waiting[:, None], (tried + theta) / 2, tried)
+            tried = torch.where(waiting[:, None], theta + (tried - theta) / 4, tried)
     return best

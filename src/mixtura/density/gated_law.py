@@ -148,6 +148,18 @@ class Pairs:
             return self
         return Pairs(self.x[rows], self.y[rows], None if self.weight is None else self.weight[rows])
 
+    def thinned(self, n: int) -> Pairs:
+        """At most ``n`` pairs of each fit, evenly spread."""
+        step = -(-self.n // n)
+        if step == 1:
+            return self
+        weight = None if self.weight is None else self.weight[:, ::step]
+        if weight is not None:
+            # Where every weight that is left is 0, all count alike: a metric must have a size.
+            total = weight.sum(-1, keepdim=True)
+            weight = torch.where(total > 0, weight / total.clamp(min=1e-300), 1 / weight.shape[1])
+        return Pairs(self.x[..., ::step], self.y[:, ::step], weight)
+
     def blocks(self, width: int) -> Iterator[tuple[Pairs, slice]]:
         """Parts that hold about ``width`` samples of each fit."""
         for start in range(0, self.n, width):
@@ -167,6 +179,7 @@ class Joint(NamedTuple):
     logit: Tensor  # (R, E, N), before the choice, after the temperature
     log_gate: Tensor  # (R, E, N), log p; -inf where an expert is not chosen
     residual: Tensor  # (R, E, N), y - a'x - b
+    log_f: Tensor  # (R, E, N), of every expert, chosen or not
     joint: Tensor  # (R, E, N), log p + log f
     log_density: Tensor  # (R, N)
 
@@ -198,7 +211,7 @@ def evaluate(rule: GateRule, layout: Layout, theta: Tensor, pairs: Pairs) -> Joi
     log_v_RE1 = parts.log_variance[..., None]
     log_f_REN = -0.5 * (residual_REN.square() * (-log_v_RE1).exp() + (log_v_RE1 + LOG_2PI))
     joint_REN = log_gate_REN + log_f_REN
-    return Joint(score_REN, logit_REN, log_gate_REN, residual_REN, joint_REN, joint_REN.logsumexp(1))
+    return Joint(score_REN, logit_REN, log_gate_REN, residual_REN, log_f_REN, joint_REN, joint_REN.logsumexp(1))
 
 
 @dataclass(frozen=True)
@@ -217,6 +230,10 @@ class Likelihood:
     def take(self, rows: Tensor) -> Likelihood:
         """Of some fits."""
         return Likelihood(self.rule, self.layout, self.pairs.take(rows))
+
+    def thinned(self, n: int) -> Likelihood:
+        """Of at most ``n`` pairs a fit."""
+        return Likelihood(self.rule, self.layout, self.pairs.thinned(n))
 
     def width(self, n_fits: int, rows: int) -> int:
         """Samples a block, for ``rows`` numbers a sample and fit."""
