@@ -13,7 +13,7 @@ import pytest
 
 from mixtura.cli import main
 
-COMMANDS = ("demo", "systems", "show", "claim", "upcycle", "train", "compress", "generate", "inspect")
+COMMANDS = ("demo", "systems", "show", "claim", "upcycle", "train", "compress", "generate", "inspect", "compare")
 
 
 @dataclass
@@ -116,6 +116,10 @@ def test_the_life_of_a_mixture_command_by_command(moe: Path, text: Path, tmp_pat
     assert (small / "README.md").exists()
     for decode in ("greedy", "sample", "self-contrast"):
         mixtura("generate", small, "12 + 3 = ", "--decode", decode, "--tokens", 4)
+    compared = ("compare", moe, small, "--text", text, "--report", tmp_path / "c.html", "--plot", tmp_path / "c.svg")
+    said = mixtura(*compared, "--samples", 2, "--length", 32, "--context", 32, "--tokens", 2).stdout
+    assert "excess" in said and small.name in said
+    assert all((tmp_path / f"c.{kind}").exists() for kind in ("html", "json", "svg"))
     mixtura("inspect", small, "--text", text, "--report", tmp_path / "r.html", "--samples", 2, "--length", 32)
     assert "<svg" in (tmp_path / "r.html").read_text()
 
@@ -159,6 +163,8 @@ def test_an_interrupted_training_goes_on(moe: Path, text: Path, tmp_path: Path):
         (["generate", "{moe}", "1 + 1", "--decode", "self-contrast", "--contrast", "best"], "must look like rank:2"),
         (["generate", "{damaged}", "1 + 1"], "is damaged"),
         (["generate", "{pickled}", "1 + 1"], "pickle"),
+        (["compare", "{moe}"], "at least two checkpoints"),
+        (["compare", "{moe}", "{dense}", "--plot", "c.gif"], "--plot must end in .png, .svg or .pdf, got 'c.gif'"),
         (["show", "nope"], "no system is called 'nope'"),
         (["claim", "nope"], "no claim for 'nope'"),
         (["systems", "--room", "attic"], "--room must be one of"),
@@ -196,13 +202,14 @@ def test_bad_input_is_one_clear_line(arguments, message, here, tiny_dense, moe, 
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("command", ["upcycle", "train", "compress", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["upcycle", "train", "compress", "inspect", "compare", "demo"])
 def test_a_dry_run_says_what_it_takes_and_writes_nothing(command, here, tiny_dense, moe, text, tmp_path):
     arguments = {
         "upcycle": [tiny_dense, tmp_path / "out"],
         "train": [moe, "--text", text, "--out", tmp_path / "out"],
         "compress": [moe, tmp_path / "out", "--text", text],
         "inspect": [moe, "--text", text],
+        "compare": [moe, tiny_dense, "--text", text],
         "demo": ["--model", tiny_dense, "--out", tmp_path / "out"],
     }[command]
     done = here(command, *arguments, "--dry-run", cwd=tmp_path)

@@ -14,10 +14,12 @@ __all__ = ["check_places", "write_beside"]
 
 def check_places(table: Path, out: Path, plot: Path | None) -> None:
     """Raise a ValueError where a table or a picture cannot be written under its name, or would replace what is read."""
+    from mixtura.core.page import check_picture
+
     if out.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         raise ValueError(f"--out must end in .csv, .tsv or .parquet, got {out.name!r}")
-    if plot is not None and plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot must end in .png, .svg or .pdf, got {plot.name!r}")
+    if plot is not None:
+        check_picture(plot, "--plot")
     if out.exists() and table.exists() and out.resolve() == table.resolve():
         raise ValueError(f"{out} is also the table that is read; write to another file")
 

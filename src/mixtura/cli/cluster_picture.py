@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtura.core.checkpoint import atomic_file
-from mixtura.core.page import new_figure
+from mixtura.core.page import new_figure, save_figure
 
 __all__ = ["draw"]
 
@@ -39,8 +38,7 @@ def draw(path: Path, X: np.ndarray, names: Sequence[str], model: Any, curve: Any
         _draw_plane(panels[0, 0], X, model, titles)
     if curve is not None:
         _draw_curve(panels[0, 1], curve)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, format=path.suffix.lower().removeprefix("."), dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str]) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mixtura.core.checkpoint import atomic_file
-from mixtura.core.page import new_figure
+from mixtura.core.page import new_figure, save_figure
 
 if TYPE_CHECKING:
     from mixtura.cli.solve_pde import Found
@@ -35,8 +34,7 @@ def draw(path: Path, problem: FileProblem, found: Found) -> None:
     drawn(figure, left, middle, problem, found)
     _draw_spectrum(right, problem, found)
     figure.suptitle(problem.title, fontsize=10)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, dpi=140, format=path.suffix.lower().removeprefix("."))
+    save_figure(figure, path)
 
 
 def _draw_line(figure: Any, left: Any, middle: Any, problem: FileProblem, found: Found) -> None:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtura.core.checkpoint import atomic_file
-from mixtura.core.page import new_figure
+from mixtura.core.page import new_figure, save_figure
 
 __all__ = ["draw"]
 
@@ -41,8 +40,7 @@ def draw(path: Path, model: Any, X: np.ndarray, y: np.ndarray, names: list[str],
         left, right = figure.subplots(1, 2)
         _partition(left, model, X, y, names)
         _by_expert(right, model, X, y, target)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, dpi=130, format=path.suffix.lower().removeprefix("."))
+    save_figure(figure, path)
 
 
 def _colour(i: int) -> str:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mixtura.core.checkpoint import atomic_file
-from mixtura.core.page import new_figure
+from mixtura.core.page import new_figure, save_figure
 
 __all__ = ["draw"]
 
@@ -33,8 +32,7 @@ def draw(path: Path, job: Any, target: str, held: dict[str, Any], models: dict[s
     else:
         figure = new_figure(6.2, 5.6)
         _against_observed(figure.subplots(), job.y, target, next(iter(held.values())), band)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, dpi=130, format=path.suffix.lower().removeprefix("."))
+    save_figure(figure, path)
 
 
 def _over_x(axes: Any, job: Any, target: str, models: dict[str, Any], band: float) -> None:

@@ -10,7 +10,7 @@ from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
 
-__all__ = ["compress", "demo", "generate", "inspect", "train", "upcycle"]
+__all__ = ["compare", "compress", "demo", "generate", "inspect", "train", "upcycle"]
 
 Say = Callable[[str], None]
 
@@ -42,7 +42,7 @@ def upcycle(
     if dry_run:
         return
     pairs = [loading.load(source, device=device) for source in sources]
-    _same_vocabulary(sources, [tokenizer for _, tokenizer in pairs])
+    loading.same_vocabulary(sources, [tokenizer for _, tokenizer in pairs])
     models = [model for model, _ in pairs]
     tokenizer = pairs[0][1]
     del pairs
@@ -220,6 +220,45 @@ def inspect(
     say(f"{report} and {report.with_suffix('.json')} are written")
 
 
+def compare(
+    sources: Sequence[str],
+    text: Sequence[Path] | None,
+    report: Path,
+    plot: Path | None,
+    options: Mapping[str, Any],
+    *,
+    device: str,
+    dry_run: bool,
+    say: Say,
+) -> Any:
+    """Write the comparison of checkpoints; returns the table to print, or None after a dry run."""
+    from mixtura.core.page import check_picture, save_figure
+    from mixtura.lm import compare as run
+    from mixtura.lm.report import terminal_table
+
+    _device(device)
+    if plot is not None:
+        check_picture(plot, "--plot")
+    domains = _domains(text)
+    tokens = options["samples"] * options["length"] * len(domains) + 3 * options["context"]
+    sizes = [cost.model_size(loading.empty_model(loading.load_config(source))) for source in sources]
+    seconds = sum(cost.estimate(size, forward_tokens=tokens).seconds for size in sizes)
+    largest = max(sizes, key=lambda size: size.total)
+    whole = cost.estimate(largest, bytes_per_parameter=4.0)
+    say(f"compare {len(sources)} checkpoints: {cost.Cost(largest, 0, whole.memory, seconds)}")
+    if dry_run:
+        return None
+    found = run(sources, {n: c.held_out + c.train for n, c in domains.items()}, device=device, **options)
+    found.to_html(report)
+    found.to_json(report.with_suffix(".json"))
+    written = [str(report), str(report.with_suffix(".json"))]
+    if plot is not None:
+        save_figure(found.figure(), plot)
+        written.append(str(plot))
+    say(f"{', '.join(written)} are written")
+    return terminal_table(found.header(), found.cells())
+
+
 def demo(
     model: str | None,
     text: Sequence[Path] | None,
@@ -299,18 +338,6 @@ def _writable(out: Path, sources: Sequence[str]) -> None:
             raise ValueError(f"{out} is also the source; write to another directory")
     if out.is_file():
         raise ValueError(f"{out} is a file; give a directory to write")
-
-
-def _same_vocabulary(sources: Sequence[str], tokenizers: Sequence[Any]) -> None:
-    first = tokenizers[0].get_vocab()
-    for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
-        other = tokenizer.get_vocab()
-        if other != first:
-            token = min(set(first.items()) ^ set(other.items()), key=lambda pair: (pair[1], pair[0]))[0]
-            raise ValueError(
-                f"the tokenizers of {sources[0]} and {source} differ: {token!r} is {first.get(token)} in the first "
-                f"and {other.get(token)} in the second; copies of one model must share their tokenizer"
-            )
 
 
 def _usage(model: Any, out: Path) -> str:

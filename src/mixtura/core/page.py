@@ -8,7 +8,9 @@ from typing import Any
 
 from mixtura.core.checkpoint import atomic_file
 
-__all__ = ["figure_html", "new_figure", "table_html", "write_page"]
+__all__ = ["check_picture", "figure_html", "new_figure", "save_figure", "table_html", "write_page"]
+
+PICTURES = (".png", ".svg", ".pdf")
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1d1d1f; --paper: #ffffff; --line: #d9d9de; --soft: #6b6b70; --accent: #2b6cb0; }
@@ -45,6 +47,18 @@ def figure_html(figure: Any, caption: str) -> str:
         "<svg", f'<svg role="img" aria-label="{html.escape(caption, quote=True)}"', 1
     )
     return f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def check_picture(path: Path, option: str) -> None:
+    """Refuse a picture of a kind that cannot be written, before any work is done for it."""
+    if path.suffix.lower() not in PICTURES:
+        raise ValueError(f"{option} must end in {', '.join(PICTURES[:-1])} or {PICTURES[-1]}, got {path.name!r}")
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure as the suffix of ``path`` says; whole or not at all."""
+    with atomic_file(path) as beside:
+        figure.savefig(beside, dpi=140, format=path.suffix.lower().removeprefix("."))
 
 
 def table_html(header: Sequence[str], rows: Sequence[Sequence[str]], *, best: int | None = None) -> str:

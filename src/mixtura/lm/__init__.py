@@ -1,8 +1,8 @@
-"""Language models made of experts: build, upcycle, train, compress, generate, look inside.
+"""Language models made of experts: build, upcycle, train, compress, generate, look inside, set side by side.
 
->>> from mixtura.lm import upcycle, train, compress, generate, inspect     # doctest: +SKIP
+>>> from mixtura.lm import upcycle, train, compress, generate, inspect, compare     # doctest: +SKIP
 
-Five verbs over the modules of this room; each says in its docstring where the work is done. Heavy imports wait until a
+Six verbs over the modules of this room; each says in its docstring where the work is done. Heavy imports wait until a
 verb is called.
 """
 
@@ -18,10 +18,11 @@ from mixtura._lazy import lazy_names
 if TYPE_CHECKING:
     from mixtura.core.training import History
     from mixtura.lm.anatomy import find_moe
+    from mixtura.lm.comparison import Comparison
     from mixtura.lm.decode.self_contrast import self_contrast
     from mixtura.lm.inspection import RoutingReport
 
-__all__ = ["compress", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
+__all__ = ["compare", "compress", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -60,6 +61,13 @@ def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe"
     from mixtura.lm.compress.api import compress as run
 
     return run(model, tokenizer, texts, method=method, **options)
+
+
+def compare(sources: Sequence[Any], texts: Mapping[str, Sequence[str]], **options: Any) -> "Comparison":
+    """Measure checkpoints side by side: quality, bytes, speed; see :func:`mixtura.lm.comparison.compare`."""
+    from mixtura.lm.comparison import compare as run
+
+    return run(sources, texts, **options)
 
 
 def generate(model: Any, tokenizer: Any, prompt: str, **options: Any) -> str:

@@ -8,7 +8,7 @@ import torch
 
 from mixtura.core.measure import Meter
 
-__all__ = ["Decode", "Speed", "generate", "parse_rule", "speed"]
+__all__ = ["Decode", "Speed", "cache_bytes", "generate", "parse_rule", "speed"]
 
 Decode = Literal["greedy", "sample", "self-contrast"]
 DECODES: tuple[Decode, ...] = ("greedy", "sample", "self-contrast")
@@ -98,10 +98,11 @@ def parse_rule(text: str) -> Any:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second of reading a prompt and of writing one token after another."""
+    """Tokens a second of reading a prompt and of writing one token after another; bytes of keys and values after the prompt."""
 
     prefill: float
     decode: float
+    cache: int
 
 
 @torch.inference_mode()
@@ -120,14 +121,22 @@ def speed(model: Any, ids: torch.Tensor, *, new_tokens: int = 16) -> Speed:
         model(input_ids=ids[:, :8], use_cache=False)
         with Meter() as prefill:
             out = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        token = out.logits[:, -1:].argmax(-1)
+        token, cache = out.logits[:, -1:].argmax(-1), cache_bytes(out.past_key_values)
         with Meter() as decode:
             for _ in range(new_tokens):
                 out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
                 token = out.logits[:, -1:].argmax(-1)
     finally:
         model.train(mode)
-    return Speed(ids.shape[1] / prefill.seconds, new_tokens / decode.seconds)
+    return Speed(ids.shape[1] / prefill.seconds, new_tokens / decode.seconds, cache)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the tensors that a cache of transformers holds; a cache that counts its own (``nbytes``) is asked."""
+    if hasattr(cache, "nbytes"):
+        return int(cache.nbytes)
+    kept = [tensor for layer in cache.layers for tensor in vars(layer).values() if isinstance(tensor, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:

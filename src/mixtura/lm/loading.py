@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "load_config",
     "load_tokenizer",
     "quick_dtype",
+    "same_vocabulary",
     "save",
 ]
 
@@ -146,6 +147,19 @@ def shard_size(model: Any) -> int:
     """Largest bytes a shard: a twentieth of the model, which saving then copies at a time, and at least 100 MB."""
     whole = sum(t.numel() * t.element_size() for t in model.state_dict().values())
     return max(100_000_000, math.ceil(whole / 20))
+
+
+def same_vocabulary(sources: Sequence[str], tokenizers: Sequence[Any]) -> None:
+    """Refuse tokenizers that do not all have the vocabulary of the first; the first token that differs is named."""
+    first = tokenizers[0].get_vocab()
+    for source, tokenizer in zip(sources[1:], tokenizers[1:], strict=True):
+        other = tokenizer.get_vocab()
+        if other != first:
+            token = min(set(first.items()) ^ set(other.items()), key=lambda pair: (pair[1], pair[0]))[0]
+            raise ValueError(
+                f"the tokenizers of {sources[0]} and {source} differ: {token!r} is {first.get(token)} in the first "
+                f"and {other.get(token)} in the second; they must share one tokenizer"
+            )
 
 
 def directory_bytes(path: str | Path) -> int:

@@ -2,6 +2,7 @@
 
 import html
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from mixtura.core.checkpoint import atomic_file
 from mixtura.core.page import figure_html, new_figure, table_html, write_page
 from mixtura.lm.life import Life, Stage
 
-__all__ = ["life_table", "stage_line", "write_report"]
+__all__ = ["life_table", "stage_line", "terminal_table", "write_report"]
 
 COLORS = ("#2b6cb0", "#c05621", "#2f855a", "#6b46c1", "#b83280", "#718096")
 
@@ -21,17 +22,21 @@ def stage_line(stage: Stage) -> str:
     return f"{stage.name:<22} perplexity {perplexities} ({stage.seconds:.0f} s)"
 
 
-def life_table(life: Life) -> Any:
-    """The table as rich shows it, a row a stage."""
+def terminal_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:
+    """A table as rich shows it, names to the left and figures to the right."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    header, rows = _cells(life)
     for i, column in enumerate(header):
         table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     return table
+
+
+def life_table(life: Life) -> Any:
+    """The table as rich shows it, a row a stage."""
+    return terminal_table(*_cells(life))
 
 
 def write_report(life: Life, out: Path, *, seconds: float) -> None:
