@@ -102,7 +102,7 @@ def test_salience_ranks_rows_as_quantizing_each_alone_does(name: str, scaled):
 def test_salience_becomes_the_gradient_times_the_error_as_the_error_vanishes(family: str, scaled):
     """Against ordinary gradients of weights, sample by sample; experts too, whose tokens are scattered."""
     model = dense() if family == "llama" else tiny_model(family)
-    ids, scale = tokens(3, 12), 1e-5
+    ids, scale = tokens(3, 12), 1e-3
     scaled(scale)
     got = channel_salience(model, ids, bits=3, group_size=32)
     want = {name: torch.zeros(len(w)) for name, w in channel_matrices(model).items()}
@@ -112,10 +112,10 @@ def test_salience_becomes_the_gradient_times_the_error_as_the_error_vanishes(fam
         parameters = dict(model.named_parameters())
         for name, weight in channel_matrices(model).items():
             grad = parameters.get(name, parameters.get(f"{name}.weight")).grad.reshape(weight.shape)
-            off = nearest(weight.detach(), 3, 32).dequantize() - weight.detach()
+            off = nearest(weight.detach(), 3, min(32, weight.shape[1])).dequantize() - weight.detach()
             want[name] += scale * (grad * off).sum(1).abs() / len(ids)
     for name, values in got.items():
-        # The square adds a part of at most 1e-5; what is left is float32.
+        # Smaller, and the error would vanish in the float32 of the weight it is taken off; the square adds a part of 1e-4.
         torch.testing.assert_close(values, want[name], rtol=1e-3, atol=1e-3 * float(want[name].max()), msg=name)
 
 
@@ -192,10 +192,12 @@ def test_a_quantized_model_comes_back_from_the_disk_to_the_bit(family: str, tmp_
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(logits(again, ids), got)
     assert average_bits(again) == average_bits(small) == pytest.approx(5.2, abs=0.05)
-    again.hf_quantizer = None
     plain = export_dense(again, torch.float32)
-    exact = convert(model, ids, MixedChannelConfig(high_share=0.3, act_bits=None))
-    torch.testing.assert_close(logits(plain, ids), logits(exact, ids), rtol=1e-2, atol=1e-2)
+    for module in again.modules():
+        if isinstance(module, MixedChannelLinear):
+            module.act_bits = None
+    # Fifteen bits of every activation are left, in every layer.
+    torch.testing.assert_close(logits(plain, ids), logits(again, ids), rtol=2e-3, atol=2e-3)
 
 
 def test_it_generates_the_same_tokens_in_a_new_process(tiny_dense: Path, tmp_path: Path):
@@ -314,7 +316,7 @@ def test_bad_input_is_named():
         channel_salience(model, [])
     with pytest.raises(ValueError, match="L >= 2"):
         channel_salience(model, ids[:, :1])
-    with pytest.raises(ValueError, match="targets names 'w_proj', which matches none of model.layers.0"):
+    with pytest.raises(ValueError, match=r"targets names 'w_proj', which matches none of model\.layers\.0"):
         channel_salience(model, ids, targets=["w_proj"])
     with pytest.raises(ValueError, match="fisher must be"):
         channel_salience(model, ids, fisher="full")

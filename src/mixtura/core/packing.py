@@ -1,8 +1,9 @@
 """Codes of a few bits in bytes, without a wasted bit.
 
 Layout of a row of n codes: planes of a width that divides 8. 1, 2, 4 and 8 bits are one plane; 3 bits are a plane of
-the two low bits followed by a plane of the high bit, n·3/8 bytes in all; 6 bits are planes of four and two. Within a plane of w bits, byte b holds in its
-bits [w·f, w·(f+1)) the code number f·(n·w/8) + b, so that unpacking writes runs of neighbouring columns.
+the two low bits followed by a plane of the high bit, n·3/8 bytes in all; 6 bits are a plane of the four low bits followed
+by one of the two high bits. Within a plane of w bits, byte b holds in its bits [w·f, w·(f+1)) the code number
+f·(n·w/8) + b, so that unpacking writes runs of neighbouring columns.
 """
 
 import torch
