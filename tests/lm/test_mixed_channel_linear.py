@@ -118,10 +118,10 @@ def test_what_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(ValueError, match="backend must be one of"):
         layer(draw(1, 64))
     layer.backend = "int8"
-    with pytest.raises(ValueError, match="cannot run here: int8_rows adds groups in float32"):
+    with pytest.raises(ValueError, match="cannot run here: int8_mixed adds groups in float32"):
         layer(draw(1, 64).double())
     monkeypatch.setattr(native, "why_not_int8", lambda *_: None)
     odd, *_ = made(13, 64, 32, low=2, high=4)
     odd.backend = "int8"
-    with pytest.raises(ValueError, match="asymmetric codes of 4 bits, got 2"):
+    with pytest.raises(ValueError, match="takes rows of 4 and 8 bits, got 2 and 4"):
         odd(draw(1, 64))

@@ -1,4 +1,4 @@
-/* Rows of 4- or 8-bit codes times 8-bit activations: y[m, place[o]] = sum over groups g of
+/* Activations as 8-bit integers times rows of 4- or 8-bit codes: y[m, place[o]] = sum over groups g of
    scale[o, g] x_scale[m, g] (sum_s (code[o, g, s] - zero[o, g]) x[m, g, s]). What stands in brackets is an exact integer;
    scales come after it, group by group (MixLLM 2412.14590, sec. 4.2). No weight ever stands in float.
 
@@ -169,22 +169,15 @@ INLINE void single_row(int width, const job *j, int64_t o, int64_t m) {
 WIDTH(4)
 WIDTH(8)
 
-int64_t int8_tile(int64_t n) { return n < ALONE ? 1 : TILE; }
-
 /* Integers of x in [-127, 127], what they stand for, and their sums; x: (n, n_groups * size). A group that is not finite gets
-   the scale NaN, and with it every output. The places of rows that fill the last tile are zero. */
-void int8_round(const float *x, int64_t n, int64_t n_groups, int64_t size, int8_t *to, float *scale, int32_t *sums) {
-    int64_t tile = int8_tile(n), padded = (n + tile - 1) / tile * tile;
-    for (int64_t m = 0; m < padded; m++)
+   the scale NaN, and with it every output. With `rest` (n, n_groups * size) also what the integers miss of x. */
+static void round_rows(const float *x, int64_t n, int64_t n_groups, int64_t size, int64_t tile, int64_t first, int8_t *to,
+                       float *scale, int32_t *sums, float *rest) {
+    for (int64_t m = 0; m < n; m++)
         for (int64_t g = 0; g < n_groups; g++) {
-            int64_t at = ((m / tile) * n_groups + g) * tile + m % tile;
-            int8_t *out = to + at * size;
-            if (m >= n) {
-                memset(out, 0, size);
-                scale[at] = 0, sums[at] = 0;
-                continue;
-            }
+            int64_t row = first + m, at = (row / tile * n_groups + g) * tile + row % tile;
             const float *in = x + (m * n_groups + g) * size;
+            int8_t *out = to + at * size;
             float largest = 0;
             int finite = 1;
             for (int64_t s = 0; s < size; s++) {
@@ -193,24 +186,49 @@ void int8_round(const float *x, int64_t n, int64_t n_groups, int64_t size, int8_
                 largest = a > largest ? a : largest;
             }
             float up = largest > 0x1p-100f && finite ? 127.0f / largest : 0.0f;
-            int32_t sum = 0;
-            for (int64_t t = 0; t < size / STEP; t++)
-                for (int64_t i = 0; i < STEP; i++) {
-                    int64_t from = (i < STEP / 2 ? 0 : size / 2 - STEP / 2) + t * (STEP / 2) + i;
-                    int32_t q = up ? (int32_t)rintf(in[from] * up) : 0;
-                    out[t * STEP + i] = (int8_t)q;
-                    sum += q;
-                }
             scale[at] = finite ? (up ? largest / 127.0f : 0.0f) : NAN;
+            int32_t sum = 0;
+            for (int64_t h = 0; h < 2; h++) /* halves of the group */
+                for (int64_t t = 0; t < size / STEP; t++)
+                    for (int64_t i = 0; i < STEP / 2; i++) {
+                        int64_t from = h * (size / 2) + t * (STEP / 2) + i;
+                        int32_t q = (int32_t)rintf((up ? in[from] : 0.0f) * up);
+                        out[t * STEP + h * (STEP / 2) + i] = (int8_t)q;
+                        sum += q;
+                        if (rest) rest[(m * n_groups + g) * size + from] = in[from] - (float)q * scale[at];
+                    }
             sums[at] = sum;
         }
 }
 
-/* Adds nothing: each row is written once, at its place. */
-void int8_rows(const uint8_t *codes, const uint16_t *scale, const uint8_t *zero, const int32_t *place, int64_t width,
-               int64_t n_groups, int64_t n_out, int64_t size, const int8_t *x, const float *x_scale, const int32_t *x_sum,
-               int64_t n, float *y, int64_t y_stride, int64_t parts) {
-    job j = {codes, scale, zero, place, n_groups, size, y_stride, x, x_scale, x_sum, n, y};
-    _Pragma("omp parallel for schedule(static, 1) num_threads((int)parts)") for (int64_t p = 0; p < parts; p++)
-        (width == 4 ? rows_4 : rows_8)(&j, n_out * p / parts, n_out * (p + 1) / parts);
+/* y: (n, low rows + high rows), x: (n, n_groups * size). place: column of each row, the low ones first. With `precise` x stands
+   as two integers, the second for what the first misses. Every row is summed by one thread, so the result does not depend on
+   their number. Returns 0, or 1 where memory is short. */
+int int8_mixed(const float *x, int64_t n, int64_t n_groups, int64_t size, int64_t precise, const int32_t *place,
+               const uint8_t *low_codes, const uint16_t *low_scale, const uint8_t *low_zero, int64_t low_rows,
+               const uint8_t *high_codes, const uint16_t *high_scale, int64_t high_rows, float *y, int64_t threads) {
+    if (n == 0) return 0;
+    int64_t total = precise ? 2 * n : n, tile = total < ALONE ? 1 : TILE, padded = (total + tile - 1) / tile * tile;
+    int64_t n_out = low_rows + high_rows, width = n_groups * size;
+    size_t integers = (size_t)(padded * width), groups = (size_t)(padded * n_groups);
+    size_t room = integers + groups * 8 + (precise ? sizeof(float) * (size_t)(n * width + 2 * n * n_out) : 0);
+    char *memory = aligned_alloc(64, (room + 63) / 64 * 64);
+    if (!memory) return 1;
+    float *rest = precise ? (float *)memory : NULL, *both = precise ? rest + n * width : y;
+    float *x_scale = precise ? both + 2 * n * n_out : (float *)memory;
+    int32_t *x_sum = (int32_t *)(x_scale + groups);
+    int8_t *to = (int8_t *)(x_sum + groups);
+    if (padded > total) memset(x_scale, 0, groups * 8 + integers); /* rows that fill the last tile */
+    round_rows(x, n, n_groups, size, tile, 0, to, x_scale, x_sum, rest);
+    if (precise) round_rows(rest, n, n_groups, size, tile, n, to, x_scale, x_sum, NULL);
+    _Pragma("omp parallel for schedule(static, 1) num_threads((int)threads)") for (int64_t p = 0; p < threads; p++) {
+        job j = {low_codes, low_scale, low_zero, place, n_groups, size, n_out, to, x_scale, x_sum, total, both};
+        rows_4(&j, low_rows * p / threads, low_rows * (p + 1) / threads);
+        j.codes = high_codes, j.scale = high_scale, j.zero = NULL, j.place = place + low_rows;
+        rows_8(&j, high_rows * p / threads, high_rows * (p + 1) / threads);
+    }
+    if (precise)
+        for (int64_t i = 0; i < n * n_out; i++) y[i] = both[i] + both[n * n_out + i];
+    free(memory);
+    return 0;
 }

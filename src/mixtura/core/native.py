@@ -23,7 +23,6 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,9 +31,7 @@ from mixtura.core.cache import cache_directory
 from mixtura.core.packing import PLANES
 
 __all__ = [
-    "Int8Rows",
-    "int8_round",
-    "int8_rows",
+    "int8_mixed",
     "packed",
     "packed_values",
     "relu_layers",
@@ -168,85 +165,60 @@ def packed_values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
     return y_OI
 
 
-def why_not_int8(x: Tensor, bits: int, group_size: int) -> str | None:
-    """Reason why `int8_rows` cannot multiply x (M, I) with rows of codes of so many bits in groups of this size, or None."""
+def why_not_int8(x: Tensor, group_size: int) -> str | None:
+    """Reason why `int8_mixed` cannot multiply x (M, I) with rows of codes in groups of this size, or None."""
     if x.device.type != "cpu":
-        return f"int8_rows runs on the CPU, got {x.device}"
+        return f"int8_mixed runs on the CPU, got {x.device}"
     if x.dtype == torch.float64:
-        return "int8_rows adds groups in float32, got float64"
-    if bits not in (4, 8):
-        return f"int8_rows takes codes of 4 or 8 bits, got {bits}"
+        return "int8_mixed adds groups in float32, got float64"
     if group_size % _INT8_STEP or group_size > _MOST_GROUP:
-        return f"int8_rows takes groups of {_INT8_STEP} a <= {_MOST_GROUP} codes, got {group_size}"
+        return f"int8_mixed takes groups of {_INT8_STEP} a <= {_MOST_GROUP} codes, got {group_size}"
     library = _library()
     return library if isinstance(library, str) else None
 
 
-class Int8Rows(NamedTuple):
-    """Rows of activations as 8-bit integers with a scale a group, in the order that `int8_rows` reads; M rows, G groups of S.
-
-    Attributes:
-        integers: in [-127, 127], (tiles, G, tile, S).
-        scale: what an integer stands for, (tiles, G, tile).
-        sums: of the integers of a group, (tiles, G, tile).
-        rows: M.
-    """
-
-    integers: Tensor
-    scale: Tensor
-    sums: Tensor
-    rows: int
-
-
-def int8_round(x: Tensor, group_size: int) -> Int8Rows:
-    """Round rows (M, I) to 8-bit integers, each group of a row by its own largest value; `why_not_int8` must have said None."""
-    library = _library()
-    assert not isinstance(library, str), library
-    x_MI = x.float().contiguous()
-    rows, groups = x_MI.shape[0], x_MI.shape[1] // group_size
-    tile = library.int8_tile(ctypes.c_int64(rows))
-    padded = -(-rows // tile) * tile
-    found = Int8Rows(
-        torch.empty(padded // tile, groups, tile, group_size, dtype=torch.int8),
-        torch.empty(padded // tile, groups, tile),
-        torch.empty(padded // tile, groups, tile, dtype=torch.int32),
-        rows,
-    )
-    library.int8_round(
-        ctypes.c_void_p(x_MI.data_ptr()),
-        *map(ctypes.c_int64, (rows, groups, group_size)),
-        *(ctypes.c_void_p(t.data_ptr()) for t in found[:3]),
-    )
-    return found
-
-
-def int8_rows(
-    x: Int8Rows, codes: Tensor, scale: Tensor, zero: Tensor | None, place: Tensor, bits: int, out: Tensor
-) -> None:
-    """Write x times rows of packed codes, transposed, into the columns ``place`` of ``out``.
+def int8_mixed(
+    x: Tensor,
+    low: tuple[Tensor, Tensor, Tensor],
+    high: tuple[Tensor, Tensor],
+    place: Tensor,
+    group_size: int,
+    *,
+    precise: bool = False,
+) -> Tensor:
+    """x times a matrix of rows of 4 and of 8 bits, transposed; integers first, scales after.
 
     Args:
-        x: of :func:`int8_round`.
-        codes: every group of every row packed by itself (:func:`mixtura.core.packing.pack`), uint8, (O, G S bits / 8).
-        scale: shape (O, G), int16 that holds the bits of float16.
-        zero: shape (O, G), uint8; None for 8 bits, whose codes are integers plus 128.
-        place: column of each row, int32, (O,), all different.
-        bits: 4 or 8. `why_not_int8` must have said None.
-        out: float32, contiguous, (M, N).
+        x: shape (M, I), floating point. It is rounded to 8-bit integers, each group of a row by its own largest value.
+        low: codes, every group of every row packed by itself (:func:`mixtura.core.packing.pack`), uint8, (L, I / 2); scales,
+            int16 that holds the bits of float16, (L, G); zero points, uint8, (L, G).
+        high: codes, integers plus 128, uint8, (H, I); scales, (H, G).
+        place: column of each row, the low ones first, int32, (L + H,), all different.
+        group_size: I / G. `why_not_int8` must have said None.
+        precise: round what the integers miss to integers of its own, and add both products.
+    Returns:
+        Shape (M, L + H), float32.
     """
     library = _library()
     assert not isinstance(library, str), library
-    assert (zero is None) == (bits == 8) and out.is_contiguous() and out.dtype == torch.float32
-    assert all(t is None or t.is_contiguous() for t in (codes, scale, zero, place))
-    n_out, groups = scale.shape
-    library.int8_rows(
-        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (codes, scale, zero, place)),
-        *map(ctypes.c_int64, (bits, groups, n_out, x.integers.shape[-1])),
-        *(ctypes.c_void_p(t.data_ptr()) for t in x[:3]),
-        ctypes.c_int64(x.rows),
-        ctypes.c_void_p(out.data_ptr()),
-        *map(ctypes.c_int64, (out.shape[1], torch.get_num_threads())),
+    assert all(t.is_contiguous() for t in (*low, *high, place))
+    x_MI = x.float().contiguous()
+    rows, n_in = x_MI.shape
+    y_MO = torch.empty(rows, len(place))
+    failed = library.int8_mixed(
+        ctypes.c_void_p(x_MI.data_ptr()),
+        *map(ctypes.c_int64, (rows, n_in // group_size, group_size, precise)),
+        ctypes.c_void_p(place.data_ptr()),
+        *(ctypes.c_void_p(t.data_ptr()) for t in low),
+        ctypes.c_int64(len(low[0])),
+        *(ctypes.c_void_p(t.data_ptr()) for t in high),
+        ctypes.c_int64(len(high[0])),
+        ctypes.c_void_p(y_MO.data_ptr()),
+        ctypes.c_int64(torch.get_num_threads()),
     )
+    if failed:
+        raise MemoryError(f"no memory for a product of {rows} x {n_in} with {len(place)} x {n_in} packed weights")
+    return y_MO
 
 
 def why_not_relu_layers(cross: Tensor) -> str | None:
@@ -301,9 +273,8 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         log.info("few-row products stay with PyTorch: %s", error)
         return f"building or loading failed: {error}"
-    for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values", "int8_round", "int8_rows"):
+    for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values"):
         getattr(library, symbol).restype = None
-    library.int8_tile.restype = ctypes.c_int64
     return library
 
 

@@ -2,8 +2,8 @@
 
     y[m, o] = sum_g s_a[m, g] s_w[o, g] D[m, o, g],   D = sum_i q_a[m, g, i] (q_w[o, g, i] - z[o, g])
 
-D is an exact integer, and no weight stands in float. The slow version here defines the meaning; `native.int8_rows` does the
-same in 8-bit integers where the machine has a C compiler.
+D is an exact integer, and no weight stands in float. The slow version here defines the meaning; `native.int8_mixed` does
+the same in 8-bit integers where the machine has a C compiler.
 
 Shapes: M rows of activations, O outputs, I inputs in G groups of S.
 Source: MixLLM (2412.14590), sec. 4.2.
@@ -12,7 +12,6 @@ Source: MixLLM (2412.14590), sec. 4.2.
 import torch
 from torch import Tensor
 
-from mixtura.core import native
 from mixtura.core.packing import unpack
 
 __all__ = ["activations", "digits", "rows_product"]
@@ -47,7 +46,7 @@ def digits(x: Tensor, group_size: int) -> Tensor:
 
 
 def rows_product(
-    x: Tensor | native.Int8Rows,
+    x: Tensor,
     codes: Tensor,
     scale: Tensor,
     zero: Tensor | None,
@@ -59,7 +58,7 @@ def rows_product(
     """Write the product of x with rows of packed codes into the columns ``place`` of ``out``.
 
     Args:
-        x: activations (M, I), or what `native.int8_round` made of them.
+        x: activations, (M, I).
         codes: every group of every row packed by itself, uint8, (O, I·bits/8).
         scale: (O, G), int16 that holds the bits of float16.
         zero: zero points, uint8, (O, G); None for a grid around zero, whose codes are integers plus 2^(bits-1).
@@ -68,9 +67,6 @@ def rows_product(
         group_size: S.
         out: float32, (M, N), contiguous.
     """
-    if isinstance(x, native.Int8Rows):
-        native.int8_rows(x, codes, scale, zero, place, bits, out)
-        return
     integers_MGS, scale_MG = activations(x, group_size)
     y_MO = out.new_zeros(len(x), len(scale))
     size = group_size * bits // 8

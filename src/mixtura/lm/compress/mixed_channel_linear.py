@@ -59,7 +59,7 @@ class PackedRows(nn.Module):
         if self.zero is not None and matrix.zero is not None:
             self.zero.copy_(matrix.zero)
 
-    def product(self, x: Tensor | native.Int8Rows, place: Tensor, out: Tensor) -> None:
+    def product(self, x: Tensor, place: Tensor, out: Tensor) -> None:
         """Write the product with x (M, I) into the columns ``place`` of ``out`` (M, O)."""
         rows_product(x, self.codes, self.scale, self.zero, place, self.bits, self.group_size, out)
 
@@ -155,26 +155,23 @@ class MixedChannelLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x (M, I) times the weight transposed, without the bias: (M, O), float32."""
-        rows = len(x)
-        wide = x if self.act_bits == 8 else digits(x, self.low.group_size)
-        out_MO = torch.empty(len(wide), self.out_features, device=x.device)
-        given = native.int8_round(wide, self.low.group_size) if self._use_int8(x) else wide
-        low_places, high_places = self.order.split([len(self.low.codes), len(self.high.codes)])
-        for part, places in ((self.low, low_places), (self.high, high_places)):
-            if len(places):
-                part.product(given, places, out_MO)
-        return out_MO if self.act_bits == 8 else out_MO[:rows] + out_MO[rows:]
+        if self._use_int8(x):
+            low, high = self.low, self.high
+            assert low.zero is not None
+            parts = (low.codes, low.scale, low.zero), (high.codes, high.scale)
+            return native.int8_mixed(x, *parts, self.order, low.group_size, precise=self.act_bits is None)
+        seen = x if self.act_bits == 8 else digits(x, self.low.group_size)
+        y_MO = torch.empty(len(seen), self.out_features, device=x.device)
+        places = self.order.split([len(self.low.codes), len(self.high.codes)])
+        for part, place in zip((self.low, self.high), places, strict=True):
+            part.product(seen, place, y_MO)
+        return y_MO if self.act_bits == 8 else y_MO[: len(x)] + y_MO[len(x) :]
 
     def why_not_int8(self, x: Tensor) -> str | None:
         """Reason why 8-bit integer products cannot run on an input, or None."""
-        for part in (self.low, self.high):
-            if len(part.codes) and (reason := native.why_not_int8(x, part.bits, part.group_size)) is not None:
-                return reason
-        if len(self.low.codes) and self.low.bits != 4:
-            return f"int8_rows takes asymmetric codes of 4 bits, got {self.low.bits}"
-        if len(self.high.codes) and self.high.bits != 8:
-            return f"int8_rows takes symmetric codes of 8 bits, got {self.high.bits}"
-        return None
+        if (self.low.bits, self.high.bits) != (4, 8):
+            return f"int8_mixed takes rows of 4 and 8 bits, got {self.low.bits} and {self.high.bits}"
+        return native.why_not_int8(x, self.low.group_size)
 
     def weight(self) -> Tensor:
         """The values, float32, (O, I): for looking at, no product uses it."""

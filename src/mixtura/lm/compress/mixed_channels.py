@@ -26,9 +26,10 @@ from mixtura.core.quantize import Quantized, nearest, split
 from mixtura.lm.anatomy import MoEBlock, find_moe, idle_experts
 from mixtura.lm.compress.channel_salience import Batch, allocate, channel_matrices, channel_salience, group_sizes
 from mixtura.lm.compress.factors import as_batches
-from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears
+from mixtura.lm.compress.layers import LayerInputs, gram, linear_inputs, other_linears
 from mixtura.lm.compress.mixed_channel_experts import MixedChannelExperts
 from mixtura.lm.compress.mixed_channel_linear import MixedChannelLinear
+from mixtura.lm.compress.mixed_experts import BLOCK_SHARE
 from mixtura.lm.compress.packed_experts import expert_matrices, why_not
 
 __all__ = ["MixedChannelConfig", "average_bits", "convert", "export_dense", "high_share_for", "stored_bits"]
@@ -36,7 +37,6 @@ __all__ = ["MixedChannelConfig", "average_bits", "convert", "export_dense", "hig
 log = logging.getLogger(__name__)
 
 WIDTHS = (2, 3, 4, 6, 8)
-BLOCK_SHARE = 1e-2  # weight of the whole block's tokens in the Hessian of an expert with few of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,7 +160,8 @@ def convert(
     )
     ids = [b if isinstance(b, Tensor) else b["input_ids"] for b in batches]
     rows = as_batches(torch.cat(ids)) if len({i.shape[1] for i in ids}) == 1 else ids
-    with torch.inference_mode():
+    # no_grad and not inference_mode: its tensors could not be written to afterwards, by load_state_dict for one.
+    with torch.no_grad():
         _quantize_layers(model, rows, chosen, groups, config)
     from mixtura.lm.compress.channel_quantizer import describe
 
@@ -269,22 +270,22 @@ def _experts(
     up_masks, down_masks = (chosen[name].to(x_TD.device).chunk(block.n_experts) for name in names)
     up_group, down_group = (groups[name] for name in names)
     packed = MixedChannelExperts(block.n_experts, experts.act_fn)
-    whole = _gram(x_TD) if weighed else None
+    whole = gram(x_TD) if weighed else None
     for e in range(block.n_experts):
         up, down = expert_matrices(experts, e)
         mine_MD = x_TD[(indices_TK == e).any(-1)]
         name = f"{block.name}, expert {e}"
         hessian = None
         if whole is not None:
-            hessian = _gram(mine_MD)
+            hessian = gram(mine_MD)
             if len(mine_MD) < up.shape[1]:
                 hessian = hessian + BLOCK_SHARE * whole
         (parts,) = _rounded([up], [up_masks[e]], hessian, up_group, config, name)
         packed.up.append(MixedChannelLinear.of(*parts, up_masks[e], act_bits=config.act_bits))
         if whole is not None:
-            hessian = _gram(packed.inner(e, mine_MD))
+            hessian = gram(packed.inner(e, mine_MD))
             if len(mine_MD) < down.shape[1]:
-                hessian = hessian + BLOCK_SHARE * _gram(packed.inner(e, x_TD))
+                hessian = hessian + BLOCK_SHARE * gram(packed.inner(e, x_TD))
         (parts,) = _rounded([down], [down_masks[e]], hessian, down_group, config, name)
         packed.down.append(MixedChannelLinear.of(*parts, down_masks[e], act_bits=config.act_bits))
     return packed
@@ -312,8 +313,3 @@ def _rounded(
             raise NonFiniteHessian(f"{name}: {error}") from error
         parts.append(split(found, [len(part) for part in rows]))
     return list(zip(*parts, strict=True))
-
-
-def _gram(x: Tensor) -> Tensor:
-    x = x.float()
-    return 2 * x.T @ x
