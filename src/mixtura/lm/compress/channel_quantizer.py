@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mixtura.lm.compress.quantizer import MixedExpertsConfig, MixedExpertsQuantizer, register_method
 
 __all__ = ["METHOD", "ChannelsConfig", "ChannelsQuantizer", "describe", "register"]
 
@@ -42,16 +43,14 @@ class ChannelsConfig(QuantizationConfigMixin):
         self.packed = packed
 
 
-class ChannelsQuantizer(HfQuantizer):
+class ChannelsQuantizer(MixedExpertsQuantizer):
     """Puts empty mixed layers in place before the weights arrive; nothing is unpacked on the way."""
 
-    requires_calibration = True
-    quantization_config: ChannelsConfig
+    quantization_config: ChannelsConfig  # type: ignore[assignment]
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         from mixtura.lm.anatomy import find_moe
         from mixtura.lm.compress.mixed_channel_experts import MixedChannelExperts
-        from mixtura.lm.compress.quantizer import MixedExpertsConfig, MixedExpertsQuantizer
 
         config = self.quantization_config
         if config.packed is not None:
@@ -74,11 +73,16 @@ class ChannelsQuantizer(HfQuantizer):
                 (packed.up, packed.down), (float_experts.gate_up_proj, float_experts.down_proj), counts, strict=True
             ):
                 for n_high in each:
-                    part.append(self._empty(weight.shape[2], weight.shape[1], n_high, False, weight))  # type: ignore[operator]
+                    part.append(self._empty(weight.shape[2], weight.shape[1], n_high, False, weight))
             model.set_submodule(name, packed)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        pruning = (self.quantization_config.packed or {}).get("pruning")
+        if pruning is not None:
+            from mixtura.lm.compress.dynamic_pruning import attach
+
+            attach(model, pruning)
         return model
 
     def _empty(self, width: int, rows: int, n_high: int, bias: bool, like: torch.Tensor) -> nn.Module:
@@ -98,32 +102,10 @@ class ChannelsQuantizer(HfQuantizer):
             dtype=like.dtype,
         ).to(like.device)
 
-    def is_serializable(self, **kwargs: Any) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        from mixtura.lm.compress.quantizer import unpacked
-
-        return unpacked(model, dtype or torch.bfloat16)
-
 
 def register() -> None:
     """Make the method known to transformers; a second call does nothing."""
-    from transformers.quantizers.auto import (
-        AUTO_QUANTIZATION_CONFIG_MAPPING,
-        AUTO_QUANTIZER_MAPPING,
-        register_quantization_config,
-        register_quantizer,
-    )
-
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(ChannelsConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(ChannelsQuantizer)
+    register_method(METHOD, ChannelsConfig, ChannelsQuantizer)
 
 
 def describe(model: Any, settings: Any) -> None:
@@ -135,7 +117,7 @@ def describe(model: Any, settings: Any) -> None:
     experts: dict[str, list[list[int]]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, MixedChannelExperts):
-            experts[name] = [[len(m.high.codes) for m in part] for part in (module.up, module.down)]  # type: ignore
+            experts[name] = [[len(m.high.codes) for m in part] for part in (module.up, module.down)]
         elif isinstance(module, MixedChannelLinear) and not any(name.startswith(f"{e}.") for e in experts):
             layers[name] = len(module.high.codes)
     before: Any = getattr(model.config, "quantization_config", None)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 from mixtura.core.progress import progress
 from mixtura.core.quantize import nearest
-from mixtura.lm.anatomy import MoEBlock, find_moe
+from mixtura.lm.anatomy import MoEBlock, find_moe, replaced_experts
 from mixtura.lm.compress.layers import decoder_layers, other_linears
 from mixtura.lm.compress.packed import group_size_for
 from mixtura.lm.compress.packed_experts import PackedExperts, why_not
@@ -140,7 +140,8 @@ def allocate(
 ) -> dict[str, Tensor]:
     """Which rows get the larger width, name -> bool (O,).
 
-    Rows are taken in descending order until the budget is spent; at most one row of it is left.
+    Rows are taken in descending order until the budget is spent; at most one row of it is left. With a share for each matrix
+    the number of its rows is rounded to the nearest, so that small matrices do not add up to fewer bits.
 
     Args:
         salience: what :func:`channel_salience` gave.
@@ -171,13 +172,14 @@ def allocate(
     names = list(salience)
     costs = {n: torch.full((shapes[n][0],), shapes[n][1] if budget == "parameters" else 1.0).double() for n in names}
     if scope == "layer":
-        return {n: _taken(salience[n].double().cpu() / costs[n], costs[n], share) for n in names}
+        counts = {n: round(share * len(salience[n])) for n in names}
+        return {n: _taken(salience[n].double().cpu(), torch.ones(len(costs[n])), counts[n]) for n in names}
     cost = torch.cat([costs[n] for n in names])
     if scope == "random":
         score = torch.rand(len(cost), generator=generator, dtype=torch.float64)
     else:
         score = torch.cat([salience[n].double().cpu() for n in names]) / cost
-    parts = _taken(score, cost, share).split([len(salience[n]) for n in names])
+    parts = _taken(score, cost, share * float(cost.sum()) * (1 + 1e-12)).split([len(salience[n]) for n in names])
     return dict(zip(names, parts, strict=True))
 
 
@@ -233,9 +235,9 @@ def _judged(moved: Tensor, first_order: bool) -> Tensor:
     return (moved + moved.square() / 2).abs() if first_order else moved.square() / 2
 
 
-def _taken(score: Tensor, cost: Tensor, share: float) -> Tensor:
+def _taken(score: Tensor, cost: Tensor, budget: float) -> Tensor:
     order = score.argsort(descending=True, stable=True)
-    within = cost[order].cumsum(0) <= share * cost.sum() * (1 + 1e-12)
+    within = cost[order].cumsum(0) <= budget
     return torch.zeros(len(cost), dtype=torch.bool).scatter_(0, order, within)
 
 
@@ -335,7 +337,6 @@ def _after_linear(name: str, record: Record, n_samples: Callable[[], int]) -> An
 def _watched_experts(block: MoEBlock, record: Record, n_samples: Callable[[], int]) -> Iterator[None]:
     """Let a block's experts compute one after another, each product recorded; packed ones with their values, in float."""
     experts: Any = block.experts
-    own = experts.__dict__.get("forward")
 
     def weights(e: int) -> tuple[Tensor, Tensor]:
         if isinstance(experts, PackedExperts):
@@ -361,10 +362,5 @@ def _watched_experts(block: MoEBlock, record: Record, n_samples: Callable[[], in
             out_TD = out_TD.index_add(0, tokens, y * top_k_weights[tokens, slots, None].to(y.dtype))
         return out_TD
 
-    experts.forward = forward
-    try:
+    with replaced_experts(block, forward):
         yield
-    finally:
-        del experts.forward
-        if own is not None:
-            experts.forward = own

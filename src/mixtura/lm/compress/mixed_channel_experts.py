@@ -4,6 +4,7 @@ Shapes: T tokens, D width, H hidden, E experts, K experts a token visits.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,14 +46,17 @@ class MixedMatrices(nn.ModuleList):
 class MixedChannelExperts(PackedExperts):
     """Gated experts of mixed channels: (T, D), indices (T, K), weights (T, K) -> (T, D)."""
 
+    up: Any  # MixedMatrices instead of the packed ones of the base
+    down: Any
+
     def __init__(self, n_experts: int, activation: Callable[[Tensor], Tensor]):
         nn.Module.__init__(self)
         self.num_experts, self.act_fn = n_experts, activation
-        self.up, self.down = MixedMatrices(), MixedMatrices()  # type: ignore[assignment]
+        self.up, self.down = MixedMatrices(), MixedMatrices()
 
     @property
     def bits(self) -> Tensor:
         """Bits a weight of each expert, everything stored for it counted, to one decimal, float32, (E,)."""
         pairs = zip(self.up, self.down, strict=True)
-        sizes = [[(m.nbytes, m.in_features * m.out_features) for m in pair] for pair in pairs]  # type: ignore[union-attr]
+        sizes = [[(m.nbytes, m.in_features * m.out_features) for m in pair] for pair in pairs]
         return torch.tensor([round(8 * sum(b for b, _ in pair) / sum(n for _, n in pair), 1) for pair in sizes])

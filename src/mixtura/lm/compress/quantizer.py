@@ -109,6 +109,11 @@ class MixedExpertsQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make the method known to transformers; a second call does nothing."""
+    register_method(METHOD, MixedExpertsConfig, MixedExpertsQuantizer)
+
+
+def register_method(method: str, config: type[Any], quantizer: type[Any]) -> None:
+    """Make a way to quantize known to transformers by its name; a second call does nothing."""
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -116,10 +121,10 @@ def register() -> None:
         register_quantizer,
     )
 
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(MixedExpertsConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(MixedExpertsQuantizer)
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(method)(config)
+    if method not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(method)(quantizer)
 
 
 def describe(model: Any, *, blocks: list[str], allocation: list[list[int]], group_size: int) -> None:
