@@ -24,10 +24,10 @@ class Layer:
     def loss(self, attention: torch.Tensor) -> torch.Tensor:
         return (self.w * torch.tanh(attention @ self.v)).sum()
 
-    def influence(self, n: int, block: int) -> torch.Tensor:
+    def influence(self, n: int, block: int, pool: str = "block") -> torch.Tensor:
         out = (self.attention @ self.v).requires_grad_()
         (self.w * torch.tanh(out)).sum().backward()
-        return influence_blocks(self.q, self.k, self.v, out.detach(), out.grad, n, block, scale=self.scale)
+        return influence_blocks(self.q, self.k, self.v, out.detach(), out.grad, n, block, scale=self.scale, pool=pool)
 
 
 def test_the_influence_is_the_derivative_along_a_shrinking_value():
@@ -55,13 +55,20 @@ def test_small_values_that_are_really_cut_change_the_loss_as_foretold():
         assert change == pytest.approx(float(found[h, i, j]), rel=0.02, abs=1e-12)
 
 
-def test_blocks_are_sums_of_absolute_values_and_strips_change_nothing(monkeypatch):
-    want = Layer(2).influence(N, 1).view(2, 4, 6, 4, 6).sum((2, 4))
+@pytest.mark.parametrize("pool", ["block", "value"])
+def test_blocks_are_pooled_and_strips_change_nothing(pool, monkeypatch):
+    values, signs = Layer(2).influence(N, 1, pool="value"), {}
+    want = values.view(2, 4, 6, 4, 6).sum((2, 4))
     for strip in (512, 6, 12):
         monkeypatch.setattr(span_profile, "STRIP", strip)
-        blocks = Layer(2).influence(5, 6)
-        torch.testing.assert_close(blocks[:, :4, :4], want)
+        blocks = Layer(2).influence(5, 6, pool=pool)
+        signs[strip] = blocks
+        if pool == "value":
+            torch.testing.assert_close(blocks[:, :4, :4], want)
+        else:
+            assert (blocks[:, :4, :4] <= want + 1e-12).all() and float(blocks.sum()) < 0.9 * float(want.sum())
         assert (blocks[:, 4] == 0).all() and (blocks[:, :, 4] == 0).all()
+        torch.testing.assert_close(blocks, signs[512])
 
 
 def test_a_profile_sums_query_heads_and_leaves_the_model_as_it_was(tiny_dense):
@@ -79,7 +86,8 @@ def test_a_profile_sums_query_heads_and_leaves_the_model_as_it_was(tiny_dense):
     assert all(p.requires_grad and p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
 
 
-def test_a_profile_agrees_with_autograd_through_eager_attention(tiny_dense):
+@pytest.mark.parametrize("pool", ["block", "value"])
+def test_a_profile_agrees_with_autograd_through_eager_attention(pool, tiny_dense):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(tiny_dense, attn_implementation="eager").double().eval()
@@ -97,12 +105,13 @@ def test_a_profile_agrees_with_autograd_through_eager_attention(tiny_dense):
     for hook in hooks:
         hook.remove()
     model.set_attn_implementation("sdpa")
-    found = profile_spans(model, [AnswerSample(ids, torch.arange(16, 24))], block=4)[24]
+    found = profile_spans(model, [AnswerSample(ids, torch.arange(16, 24))], block=4, pool=pool)[24]
     for layer, a in enumerate(kept):
         a, g = a.detach()[0], a.grad[0]
-        e = (a / (1 - a).clamp(min=1e-6) * (g - (g * a).sum(-1, keepdim=True)).abs()).clone()
+        e = (a / (1 - a).clamp(min=1e-6) * (g - (g * a).sum(-1, keepdim=True))).clone()
         e[:, 0] = 0
-        want = e.view(4, 6, 4, 6, 4).sum((2, 4)).view(2, 2, 6, 6).sum(1)
+        e = e.abs() if pool == "value" else e
+        want = e.view(4, 6, 4, 6, 4).sum((2, 4)).abs().view(2, 2, 6, 6).sum(1)
         torch.testing.assert_close(found[layer].double(), want, rtol=2e-5, atol=1e-9)
 
 
@@ -123,6 +132,8 @@ def test_samples_that_cannot_be_profiled_say_why(tiny_dense, caplog):
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny_dense), AutoTokenizer.from_pretrained(tiny_dense)
     ids = torch.arange(20)
+    with pytest.raises(ValueError, match='pool must be "block" or "value"'):
+        profile_spans(model, [AnswerSample(ids, torch.tensor([19]))], pool="sum")
     with pytest.raises(ValueError, match="at least one sample"):
         profile_spans(model, [])
     for answer in ([], [0], [20]):

@@ -1,9 +1,13 @@
 """What would be lost if an attention value were cut: one backward pass, then layer by layer from what the pass left.
 
 With A the attention after softmax and G = dL/dA, cutting A_ij and renormalising its row changes the loss by
-``-(A_ij / (1 - A_ij)) (G_ij - sum_n G_in A_in)`` to first order (MoA 2406.14909, eq. 3). Absolute values are summed over blocks:
-signs would let losses pay for each other. G = dO V^T and sum_n G_in A_in = dO_i . O_i, so queries, keys, values and the gradient
-of the output are all that is needed, and A is rebuilt a strip of rows at a time.
+``-(A_ij / (1 - A_ij)) (G_ij - sum_n G_in A_in)`` to first order (MoA 2406.14909, eq. 3). G = dO V^T and sum_n G_in A_in =
+dO_i . O_i, so queries, keys, values and the gradient of the output are all that is needed; A is rebuilt strip by strip.
+
+Signs must not let losses pay for each other, so absolute values are taken: of each block's sum, since a block is what is cut
+(``pool="block"``), or of each value as the authors' code has it (``pool="value"``). The latter counts thousands of small
+values of either sign, which cancel when they are cut, like one large one: in SmolLM2-135M the first ten layers, which hardly
+matter, then get most of the budget.
 
 Shapes: L layers, H query heads, G key/value heads, N tokens, n blocks, C width of a head.
 """
@@ -12,7 +16,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +29,7 @@ __all__ = ["AnswerSample", "answer_samples", "influence_blocks", "profile_spans"
 
 log = logging.getLogger(__name__)
 
+Pool = Literal["block", "value"]
 RECORDER = "mixtura-span-profile"
 STRIP = 512  # rows of attention that are rebuilt together
 CLOSE = 1e-6  # least 1 - A
@@ -112,7 +117,12 @@ def prompt_ids(tokenizer: Any, text: str) -> Tensor:
 
 
 def profile_spans(
-    model: Any, samples: Sequence[AnswerSample], *, block: int = 64, device: str | torch.device | None = None
+    model: Any,
+    samples: Sequence[AnswerSample],
+    *,
+    block: int = 64,
+    pool: Pool = "block",
+    device: str | torch.device | None = None,
 ) -> dict[int, Tensor]:
     """Influence of every block of attention on the loss of the answers, averaged over samples.
 
@@ -122,6 +132,7 @@ def profile_spans(
         model: the dense model; its weights get no gradients.
         samples: prompts with the model's answers.
         block: tokens a block.
+        pool: what absolute values are taken of, a ``"block"``'s sum or every ``"value"``.
         device: where to compute; the model's own where None.
     Returns:
         Length -> [L, G, n, n] float32, >= 0: row the query's block, column the key's; a key/value head has the sum of its query
@@ -129,6 +140,8 @@ def profile_spans(
     Raises:
         ValueError: no sample, or one without an answer to learn from.
     """
+    if pool not in ("block", "value"):
+        raise ValueError(f'pool must be "block" or "value", got {pool!r}')
     if not samples:
         raise ValueError("profiling needs at least one sample")
     if device is not None:
@@ -144,7 +157,7 @@ def profile_spans(
         length = -(-(sample.length or len(sample.ids)) // block) * block
         if sample.length is not None and length != sample.length:
             log.warning("length %d is no multiple of the block of %d tokens; %d is taken", sample.length, block, length)
-        found = _profile_one(model, sample, length // block, block)
+        found = _profile_one(model, sample, length // block, block, pool)
         total[length] = total[length] + found if length in total else found
         counts[length] = counts.get(length, 0) + 1
     return {length: _shared(total[length], counts[length]) for length in sorted(total)}
@@ -218,7 +231,7 @@ def _recording(model: Any) -> Iterator[_Record]:
             p.requires_grad_(True)
 
 
-def _profile_one(model: Any, sample: AnswerSample, n: int, block: int) -> Tensor:
+def _profile_one(model: Any, sample: AnswerSample, n: int, block: int, pool: Pool) -> Tensor:
     """Shape (L, G, n, n)."""
     with _recording(model) as record, torch.enable_grad():
         ids = sample.ids.to(model.device)[None]
@@ -227,13 +240,21 @@ def _profile_one(model: Any, sample: AnswerSample, n: int, block: int) -> Tensor
         logits = model(inputs_embeds=inputs, use_cache=False, logits_to_keep=answer - 1).logits[0].float()
         loss = F.cross_entropy(logits, ids[0, answer])
         loss.backward()
-    return torch.stack([_layer(seen, n, block) for seen in record.layers])
+    return torch.stack([_layer(seen, n, block, pool) for seen in record.layers])
 
 
-def _layer(seen: _Seen, n: int, block: int) -> Tensor:
+def _layer(seen: _Seen, n: int, block: int, pool: Pool) -> Tensor:
     assert seen.out.grad is not None
     found = influence_blocks(
-        seen.query[0], seen.key[0], seen.value[0], seen.out.detach()[0], seen.out.grad[0], n, block, scale=seen.scale
+        seen.query[0],
+        seen.key[0],
+        seen.value[0],
+        seen.out.detach()[0],
+        seen.out.grad[0],
+        n,
+        block,
+        scale=seen.scale,
+        pool=pool,
     )
     seen.out.grad = None
     heads, groups = len(found), seen.key.shape[1]
@@ -241,15 +262,25 @@ def _layer(seen: _Seen, n: int, block: int) -> Tensor:
 
 
 def influence_blocks(
-    query: Tensor, key: Tensor, value: Tensor, out: Tensor, gradient: Tensor, n: int, block: int, *, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    gradient: Tensor,
+    n: int,
+    block: int,
+    *,
+    scale: float,
+    pool: Pool = "block",
 ) -> Tensor:
-    """Absolute influence of every attention value, summed over blocks.
+    """Absolute influence of every block of attention.
 
     Args:
         query, key, value: (H, N, C), (G, N, C), (G, N, C).
         out, gradient: output of the attention and dL/d(output), (H, N, C).
         n: blocks of the result, at least those that N tokens fill.
         scale: of the scores.
+        pool: absolute value of each block's sum, or of each value before it is summed.
     Returns:
         (H, n, n), zero above the diagonal.
     """
@@ -268,11 +299,13 @@ def influence_blocks(
         hidden = torch.ones(end - begin, end, dtype=torch.bool, device=a.device).triu(begin + 1)
         a = a.masked_fill(hidden, -torch.inf).softmax(-1)
         e = d[:, :, begin:end] @ v[:, None, :end].mT
-        e = a / (1 - a).clamp(min=CLOSE) * (e - mean[:, :, begin:end, None]).abs()
+        e = a / (1 - a).clamp(min=CLOSE) * (mean[:, :, begin:end, None] - e)
+        if pool == "value":
+            e = e.abs()
         if begin == 0:
             e[:, :, 0] = 0  # a single key cannot be cut
         rows, columns = -(-(end - begin) // block), -(-end // block)
         e = F.pad(e.flatten(0, 1), (0, columns * block - end, 0, rows * block - (end - begin)))
         pooled = e.view(h, rows, block, columns, block).sum((2, 4))
-        found[:, begin // block : begin // block + rows, :columns] = pooled
+        found[:, begin // block : begin // block + rows, :columns] = pooled.abs()
     return found
