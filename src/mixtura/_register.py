@@ -34,6 +34,7 @@ def _model(auto: ModuleType) -> None:
 
 
 def _quantizers(auto: ModuleType) -> None:
-    from mixtura.lm.compress.quantizer import register
+    from mixtura.lm.compress import channel_quantizer, quantizer
 
-    register()
+    quantizer.register()
+    channel_quantizer.register()

@@ -147,6 +147,11 @@ SYSTEMS: tuple[System, ...] = (
         "2412.14590",
         "lm",
         "The output channels that matter most to the loss of the whole model get 8 bits, all others 4.",
+        (
+            "mixtura.lm.compress.mixed_channels.convert",
+            "mixtura.lm.compress.channel_salience.channel_salience",
+            "mixtura.lm.compress.mixed_channel_linear.MixedChannelLinear",
+        ),
     ),
     System(
         "hecate",

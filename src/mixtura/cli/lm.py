@@ -33,9 +33,10 @@ class UpcycleMethod(StrEnum):
 
 
 class CompressMethod(StrEnum):
-    """Ways to make a mixture small."""
+    """Ways to make a model small."""
 
     mc_moe = "mc-moe"
+    mixllm = "mixllm"
 
 
 class ScopeName(StrEnum):
@@ -178,7 +179,12 @@ def compress(
     source: Annotated[str, SOURCE],
     destination: Annotated[Path, typer.Argument(help="Directory to write.")],
     method: Annotated[CompressMethod, typer.Option(help="How to compress.")] = CompressMethod.mc_moe,
-    bits: Annotated[float, typer.Option(help="Average bits of an expert's weight, scales not counted.")] = 2.5,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits of a quantized weight, scales not counted. Default: 2.5 (mc-moe, of experts), 4.4 (mixllm)."
+        ),
+    ] = None,
     prune: Annotated[
         float | None,
         typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens."),
@@ -193,18 +199,40 @@ def compress(
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Compress a mixture of experts: 1 to 3 bits an expert by an integer program, 4 bits for the rest.
+    """Compress a language model.
 
-    The result loads with transformers after `import mixtura`.
+    `mc-moe` takes a mixture of experts: 1 to 3 bits an expert by an integer program, 4 bits for the rest. `mixllm` takes any
+    model, dense or not: 4 bits a weight, and 8 for the output channels that matter most to the loss of the whole model;
+    activations become 8-bit integers as it runs. The result loads with transformers after `import mixtura`.
 
     Examples:
 
         mixtura compress out/moe out/small --bits 2.5
 
         mixtura compress out/moe out/small --bits 2.0 --prune 0.02 --text corpus/
+
+        mixtura compress HuggingFaceTB/SmolLM2-135M out/small --method mixllm --bits 4.4 --text corpus/
     """
+    if method is CompressMethod.mixllm:
+        from mixtura.cli.compress_channels import compress_channels
+
+        if prune is not None:
+            raise ValueError("--prune goes with --method mc-moe; mixllm skips no experts")
+        compress_channels(
+            source,
+            destination,
+            text,
+            bits=4.4 if bits is None else bits,
+            options={"scope": scope.value, "samples": samples, "length": length, "seed": seed},
+            device=device,
+            dry_run=dry_run,
+            command=_command(),
+            say=_say,
+        )
+        return
     from mixtura.cli import work
 
+    bits = 2.5 if bits is None else bits
     options = {"bits": bits, "prune": prune, "scope": scope.value, "samples": samples, "length": length, "seed": seed}
     work.compress(
         source, destination, method.value, text, options, device=device, dry_run=dry_run, command=_command(), say=_say

@@ -1,4 +1,5 @@
-"""Small C kernels, built on first use where the machine has a compiler: products of few rows, and ReLU layers of wide networks.
+"""Small C kernels, built on first use where the machine has a compiler: products of few rows, products of 8-bit integers, and
+ReLU layers of wide networks.
 
 PyTorch has no product that reads a bfloat16 matrix for one or a few rows at the speed of memory (0.4 of it on two cores
 of an AMD Zen 4, and 0.5 for a single float32 row), and none at all for codes of 1, 2 or 3 bits. `skinny` and `packed` are
@@ -22,6 +23,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,14 +31,28 @@ from torch import Tensor
 from mixtura.core.cache import cache_directory
 from mixtura.core.packing import PLANES
 
-__all__ = ["packed", "packed_values", "relu_layers", "skinny", "why_not", "why_not_packed", "why_not_relu_layers"]
+__all__ = [
+    "Int8Rows",
+    "int8_round",
+    "int8_rows",
+    "packed",
+    "packed_values",
+    "relu_layers",
+    "skinny",
+    "why_not",
+    "why_not_int8",
+    "why_not_packed",
+    "why_not_relu_layers",
+]
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c", "arccosine.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c", "int8_rows.c", "arccosine.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 _SYMBOLS = {torch.float32: "skinny_f32", torch.bfloat16: "skinny_bf16"}
+_PACKED_WIDTHS = (1, 2, 3, 4, 8)
 _MOST_GROUP = 512  # codes a group for which packed.c has room
+_INT8_STEP = 32  # codes that int8_rows.c takes at a time
 _BUILD_SECONDS = 60
 
 
@@ -88,6 +104,8 @@ def why_not_packed(x: Tensor, bits: int, groups: int, n_out: int) -> str | None:
         return f"packed runs on the CPU, got {x.device}"
     if x.dtype == torch.float64:
         return "packed sums in float32, got float64"
+    if bits not in _PACKED_WIDTHS:
+        return f"packed takes codes of {_PACKED_WIDTHS} bits, got {bits}"
     size = x.shape[1] // groups
     if size % 16 or size > _MOST_GROUP or groups * n_out % (8 // min(PLANES[bits])):
         return (
@@ -150,6 +168,87 @@ def packed_values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
     return y_OI
 
 
+def why_not_int8(x: Tensor, bits: int, group_size: int) -> str | None:
+    """Reason why `int8_rows` cannot multiply x (M, I) with rows of codes of so many bits in groups of this size, or None."""
+    if x.device.type != "cpu":
+        return f"int8_rows runs on the CPU, got {x.device}"
+    if x.dtype == torch.float64:
+        return "int8_rows adds groups in float32, got float64"
+    if bits not in (4, 8):
+        return f"int8_rows takes codes of 4 or 8 bits, got {bits}"
+    if group_size % _INT8_STEP or group_size > _MOST_GROUP:
+        return f"int8_rows takes groups of {_INT8_STEP} a <= {_MOST_GROUP} codes, got {group_size}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+class Int8Rows(NamedTuple):
+    """Rows of activations as 8-bit integers with a scale a group, in the order that `int8_rows` reads; M rows, G groups of S.
+
+    Attributes:
+        integers: in [-127, 127], (tiles, G, tile, S).
+        scale: what an integer stands for, (tiles, G, tile).
+        sums: of the integers of a group, (tiles, G, tile).
+        rows: M.
+    """
+
+    integers: Tensor
+    scale: Tensor
+    sums: Tensor
+    rows: int
+
+
+def int8_round(x: Tensor, group_size: int) -> Int8Rows:
+    """Round rows (M, I) to 8-bit integers, each group of a row by its own largest value; `why_not_int8` must have said None."""
+    library = _library()
+    assert not isinstance(library, str), library
+    x_MI = x.float().contiguous()
+    rows, groups = x_MI.shape[0], x_MI.shape[1] // group_size
+    tile = library.int8_tile(ctypes.c_int64(rows))
+    padded = -(-rows // tile) * tile
+    found = Int8Rows(
+        torch.empty(padded // tile, groups, tile, group_size, dtype=torch.int8),
+        torch.empty(padded // tile, groups, tile),
+        torch.empty(padded // tile, groups, tile, dtype=torch.int32),
+        rows,
+    )
+    library.int8_round(
+        ctypes.c_void_p(x_MI.data_ptr()),
+        *map(ctypes.c_int64, (rows, groups, group_size)),
+        *(ctypes.c_void_p(t.data_ptr()) for t in found[:3]),
+    )
+    return found
+
+
+def int8_rows(
+    x: Int8Rows, codes: Tensor, scale: Tensor, zero: Tensor | None, place: Tensor, bits: int, out: Tensor
+) -> None:
+    """Write x times rows of packed codes, transposed, into the columns ``place`` of ``out``.
+
+    Args:
+        x: of :func:`int8_round`.
+        codes: every group of every row packed by itself (:func:`mixtura.core.packing.pack`), uint8, (O, G S bits / 8).
+        scale: shape (O, G), int16 that holds the bits of float16.
+        zero: shape (O, G), uint8; None for 8 bits, whose codes are integers plus 128.
+        place: column of each row, int32, (O,), all different.
+        bits: 4 or 8. `why_not_int8` must have said None.
+        out: float32, contiguous, (M, N).
+    """
+    library = _library()
+    assert not isinstance(library, str), library
+    assert (zero is None) == (bits == 8) and out.is_contiguous() and out.dtype == torch.float32
+    assert all(t is None or t.is_contiguous() for t in (codes, scale, zero, place))
+    n_out, groups = scale.shape
+    library.int8_rows(
+        *(ctypes.c_void_p(None if t is None else t.data_ptr()) for t in (codes, scale, zero, place)),
+        *map(ctypes.c_int64, (bits, groups, n_out, x.integers.shape[-1])),
+        *(ctypes.c_void_p(t.data_ptr()) for t in x[:3]),
+        ctypes.c_int64(x.rows),
+        ctypes.c_void_p(out.data_ptr()),
+        *map(ctypes.c_int64, (out.shape[1], torch.get_num_threads())),
+    )
+
+
 def why_not_relu_layers(cross: Tensor) -> str | None:
     """Reason why `relu_layers` cannot work on these covariances, or None."""
     if cross.device.type != "cpu" or cross.dtype != torch.float64:
@@ -202,8 +301,9 @@ def _library() -> ctypes.CDLL | str:
     except (OSError, subprocess.SubprocessError) as error:
         log.info("few-row products stay with PyTorch: %s", error)
         return f"building or loading failed: {error}"
-    for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values"):
+    for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values", "int8_round", "int8_rows"):
         getattr(library, symbol).restype = None
+    library.int8_tile.restype = ctypes.c_int64
     return library
 
 

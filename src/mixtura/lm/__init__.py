@@ -50,12 +50,12 @@ def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History"
 
 
 def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:
-    """Compress a mixture of experts; see :func:`mixtura.lm.compress.api.compress`.
+    """Compress a language model; see :func:`mixtura.lm.compress.api.compress`.
 
     Args:
-        model, tokenizer: a mixture of experts and its tokenizer.
+        model, tokenizer: a language model and its tokenizer.
         texts: calibration documents, or domain -> documents.
-        method: ``"mc-moe"``.
+        method: ``"mc-moe"`` (mixtures of experts) or ``"mixllm"`` (any).
         options: ``bits``, ``prune`` and what the method takes.
     """
     from mixtura.lm.compress.api import compress as run

@@ -139,6 +139,7 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     from mixtura.lm.anatomy import find_moe
+    from mixtura.lm.compress.mixed_channel_linear import MixedChannelLinear
     from mixtura.lm.compress.packed import PackedLinear
     from mixtura.lm.compress.packed_experts import PackedExperts
 
@@ -151,7 +152,9 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     for name, value in model.state_dict().items():
         if name in state:
             state[name].copy_(value)
+    stacks = []
     for block, target in zip(find_moe(model), find_moe(plain), strict=True):
+        stacks.append(f"{block.experts_name}.")
         experts: Any = target.experts
         if isinstance(block.experts, PackedExperts):
             for e in range(block.n_experts):
@@ -160,6 +163,8 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             _put_back(plain, name, module.packed.dequantize(0))
+        elif isinstance(module, MixedChannelLinear) and not name.startswith(tuple(stacks)):
+            _put_back(plain, name, module.weight())
     return plain.eval()
 
 
