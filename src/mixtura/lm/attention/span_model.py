@@ -7,6 +7,8 @@ A converted Llama is a ``SpansLlamaForCausalLM`` of model type ``mixtura-spans-l
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
 from typing import Any
@@ -21,7 +23,7 @@ from mixtura.lm.attention.span_cache import SpanCache
 from mixtura.lm.attention.span_mask import BACKENDS, NAME, register
 from mixtura.lm.attention.span_rules import SpanPlan
 
-__all__ = ["convert", "spans_classes"]
+__all__ = ["attending", "check", "convert", "spans_classes"]
 
 HEADROOM = 256  # tokens a cache is made for beyond the prompt where nobody says how many will come
 
@@ -54,6 +56,21 @@ def convert(model: Any, plan: SpanPlan, *, inplace: bool = False, backend: str =
     register()
     model.config._attn_implementation = NAME
     return model
+
+
+@contextmanager
+def attending(model: Any, plan: SpanPlan, *, backend: str = "windowed") -> Iterator[None]:
+    """Let a model attend by a plan for a while, without a cache: for judging plans on one model in memory."""
+    check(model.config, plan)
+    register()
+    before = model.config._attn_implementation
+    model.config.mixtura_spans = {"backend": backend, **asdict(plan)}
+    model.config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+        del model.config.mixtura_spans
 
 
 def check(config: Any, plan: SpanPlan) -> None:

@@ -138,10 +138,15 @@ def profile_spans(
         Length -> [L, G, n, n] float32, >= 0: row the query's block, column the key's; a key/value head has the sum of its query
         heads.
     Raises:
-        ValueError: no sample, or one without an answer to learn from.
+        ValueError: no sample, or one without an answer to learn from; a quantized model, whose gradients rounding hides.
     """
     if pool not in ("block", "value"):
         raise ValueError(f'pool must be "block" or "value", got {pool!r}')
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "this model is quantized, and rounding hides gradients; profile the model that it was made of, and convert this one "
+            "by that plan"
+        )
     if not samples:
         raise ValueError("profiling needs at least one sample")
     if device is not None:
@@ -215,7 +220,7 @@ def _recording(model: Any) -> Iterator[_Record]:
     """Attention that remembers; weights without gradients; everything as before afterwards."""
     AttentionInterface.register(RECORDER, _recorded_attention)
     before, mode = model.config._attn_implementation, model.training
-    wanted = [p for p in model.parameters() if p.requires_grad]
+    wanted = [p for p in model.parameters() if p.requires_grad and not p.is_inference()]
     for p in wanted:
         p.requires_grad_(False)
     model.eval()
