@@ -127,6 +127,12 @@ SYSTEMS: tuple[System, ...] = (
         "2406.14909",
         "lm",
         "Every attention head gets a span of its own that grows with the input, chosen by profiling and a program.",
+        (
+            "mixtura.lm.attention.profile_spans",
+            "mixtura.lm.attention.plan_spans",
+            "mixtura.lm.attention.convert",
+            "mixtura.lm.attention.SpanCache",
+        ),
     ),
     System(
         "moe-x",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mixtura.cli.work import Say, _device, _domains, _usage, _writable
+from mixtura.cli.work import Say, check_device, check_writable, domains_of, usage_of
 from mixtura.core.checkpoint import atomic_file
 from mixtura.core.measure import Meter
 from mixtura.lm import cost, loading
@@ -33,12 +33,12 @@ def compress_channels(
     from mixtura.lm.compress.channel_picture import high_shares, share_figure
     from mixtura.lm.compress.mixed_channels import average_bits, high_share_for, stored_bits
 
-    _device(device)
-    _writable(out, [source])
+    check_device(device)
+    check_writable(out, [source])
     high_share_for(bits)
     config = loading.load_config(source)
     size = cost.model_size(loading.empty_model(config))
-    domains = _domains(text)
+    domains = domains_of(text)
     # A backward pass through activations costs two forward ones; rounding reads every block once more, and again in groups.
     tokens = 6 * options["samples"] * options["length"]
     # One layer's Hessians, and the activations and logits of one sample with their gradients.
@@ -67,7 +67,7 @@ def compress_channels(
             "with scales, zero points and order": round(whole, 3),
             "seconds": round(meter.seconds, 1),
         },
-        "usage": _usage(small, out),
+        "usage": usage_of(small, out),
         "source": "MixLLM: LLM Quantization with Global Mixed-precision between Output-features (arXiv 2412.14590)",
     }
     stored = getattr(config, "dtype", None)

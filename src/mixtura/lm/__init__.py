@@ -55,8 +55,8 @@ def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe"
     Args:
         model, tokenizer: a language model and its tokenizer.
         texts: calibration documents, or domain -> documents.
-        method: ``"mc-moe"`` (mixtures of experts) or ``"mixllm"`` (any).
-        options: ``bits``, ``prune`` and what the method takes.
+        method: ``"mc-moe"`` (mixtures of experts), ``"mixllm"`` or ``"sparse-attention"`` (any).
+        options: ``bits``, ``prune``, ``density``, ``lengths`` and what else the method takes.
     """
     from mixtura.lm.compress.api import compress as run
 

@@ -10,7 +10,7 @@ from mixtura.lm.tokens import blocks
 
 __all__ = ["METHODS", "calibration_blocks", "compress"]
 
-METHODS = ("mc-moe", "mixllm")
+METHODS = ("mc-moe", "mixllm", "sparse-attention")
 DEFAULT_BITS: dict[str, float] = {"mc-moe": 2.5, "mixllm": 4.4}
 
 
@@ -23,7 +23,7 @@ def compress(
     bits: float | Literal["default"] | None = "default",
     prune: float | None = None,
     scope: Literal["block", "model"] = "model",
-    samples: int = 32,
+    samples: int | None = None,
     length: int = 256,
     seed: int = 0,
     inplace: bool = False,
@@ -38,23 +38,36 @@ def compress(
         texts: calibration documents, or domain -> documents.
         method: ``"mc-moe"``: 1 to 3 bits an expert by an integer program, 4 bits for attention and shared experts.
             ``"mixllm"``: 4 bits a weight, and 8 for the output channels that matter most to the loss of the whole model.
+            ``"sparse-attention"``: a span of its own for every key/value head, so that the cache keeps a share of its size.
         bits: average bits of a quantized weight (an expert's for ``"mc-moe"``), group scales not counted; 2.5 and 4.4 by
             default. ``None`` leaves the weights as they are.
         prune: share of the tokens protected while second experts that hardly count are skipped at run time; ``None``
             skips nothing.
         scope: one integer program (``"mixllm"``: one list of channels) for the whole ``"model"``, or one for each ``"block"``
             (each matrix). The first lost less wherever it was measured; for ``"mc-moe"`` the second is the paper's.
-        samples, length: calibration blocks, drawn evenly from the domains, and tokens a block.
+        samples, length: calibration blocks (32), drawn evenly from the domains, and tokens a block; for ``"sparse-attention"``
+            texts of each length (8).
         seed: which blocks.
         inplace: change the model itself; it is then not copied.
         options: passed on to :func:`mixtura.lm.compress.mixed_experts.convert`; for ``"mixllm"`` fields of
-            :class:`mixtura.lm.compress.mixed_channels.MixedChannelConfig`.
+            :class:`mixtura.lm.compress.mixed_channels.MixedChannelConfig`, for ``"sparse-attention"`` ``density``, ``lengths``
+            and ``block`` of :func:`mixtura.lm.attention.api.give_spans`.
     Returns:
         The compressed model; it saves and loads like any other after ``import mixtura``.
     Raises:
         ValueError: an unknown method, a dense model for ``"mc-moe"``, a budget that no allocation meets (the reachable range is
             named), a model quantized already, text that does not fill one block.
     """
+    if method == "sparse-attention":
+        from mixtura.lm.attention.api import give_spans
+
+        if prune is not None or bits != "default":
+            raise ValueError(
+                "sparse-attention cuts what heads look at: it takes density and lengths, no bits and no prune"
+            )
+        count = 8 if samples is None else samples
+        return give_spans(model, tokenizer, texts, samples=count, seed=seed, inplace=inplace, **options)
+    samples = 32 if samples is None else samples
     if method == "mixllm":
         if prune is not None or bits is None:
             raise ValueError("mixllm quantizes weights: it takes bits and no prune, which goes with 'mc-moe'")
