@@ -97,7 +97,7 @@ def test_a_split_is_accepted_as_often_as_its_ratio_says(chance):
     first, second = halves_of(x, one, 1, "full", torch.Generator().manual_seed(0))
     plain = float(log_split_ratio(first, second, prior, Rules(n_known=0)))
     rules = Rules(n_known=0, alpha=chance / math.exp(plain))
-    g, n = torch.Generator().manual_seed(7), 500
+    g, n = torch.Generator().manual_seed(7), 300
     hits = sum(move_clusters(x, one, nobody(x), 1, prior, rules, generator=g)[1] == 2 for _ in range(n))
     # Three standard errors: one false alarm in 370 over seeds, and the seed is fixed.
     assert abs(hits / n - chance) < 3 * math.sqrt(chance * (1 - chance) / n)

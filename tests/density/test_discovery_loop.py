@@ -78,3 +78,5 @@ def test_bad_arguments_are_named():
         loop(batch_size=1)
     with pytest.raises(ValueError, match="labels and things must be as many, at least 2, got 3 and 200"):
         loop().fit(groups()[0], [0, 0, -1])
+    with pytest.raises(ValueError, match="labels has no labelled thing"):
+        loop().fit(groups()[0], np.full(200, -1))

@@ -43,7 +43,7 @@ class Size:
 
 
 SCALES: dict[Scale, Size] = {
-    "smoke": Size(2, 1, 300, (7,), (6,), 0, 0),
+    "smoke": Size(2, 1, 300, (7,), (6,), 150, 1),
     "cpu": Size(50, 20, None, STARTS, (6, 12, 25, 40), 1500, 12),
     "gpu": Size(200, 80, None, STARTS, (6, 12, 25, 40), 5000, 100, 64, "auto"),
 }
@@ -126,7 +126,7 @@ class Judge:
     def __init__(self, z: np.ndarray, t: np.ndarray, y: np.ndarray, known: np.ndarray, seed: int) -> None:
         self.z, self.t, self.y, self.known, self.seed = z, t, y, known, seed
         self.unlabelled = y < 0
-        self.reduced = CategoryDiscovery(rounds=0, seed=seed).fit(z, y).transform(z)
+        self.reduced = CategoryDiscovery(rounds=0, seed=seed).fit(z, y).reduce(z)
 
     def score(self, labels: np.ndarray) -> Any:
         """Accuracy on the unlabelled rows."""
@@ -160,7 +160,7 @@ class Judge:
         }
         counts = {
             "gcd": estimate_classes_by_labels(self.reduced, self.y, TRIED, seed=self.seed),
-            "bic": select_components(self.reduced, TRIED, "bic", random_state=self.seed, patience=4).best,
+            "bic": select_components(self.reduced, TRIED, "bic", random_state=self.seed, patience=4)[1].best,
             "silhouette": max(widths, key=widths.__getitem__),
         }
         found: dict[str, float] = {}
@@ -269,9 +269,7 @@ def run(scale: Scale, seed: int, scratch: Path) -> dict[str, Any]:
         for start in (6, 30)[: len(size.starts)]
     ]
     figures["synthetic_hits"] = float(np.mean(misses))
-    if size.mnist:
-        figures |= on_mnist(size, seed)
-    return figures
+    return figures | on_mnist(size, seed)
 
 
 def plot(record: Record, figure: Any) -> None:

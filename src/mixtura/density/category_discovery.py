@@ -202,7 +202,7 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         known = _known_classes(y_N, len(x_NF))
         class_N = np.where(y_N == UNLABELLED, UNLABELLED, np.searchsorted(known, y_N))
         held_N = _held_out(held_out, y_N, self.calibration if self.rule == "calibrated" else "paper")
-        self._reduce(x_NF)
+        self._set_reduction(x_NF)
         z_ND = self._project(x_NF)
         # One scale for all features: distances keep their meaning, and the arithmetic is about 1.
         self.scale_ = float(np.sqrt(z_ND.var(0).mean())) or 1.0
@@ -254,14 +254,14 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         weights, means, sigma, upper = (torch.from_numpy(np.asarray(part)) for part in parts)
         return Gaussians(weights, means, sigma, upper, self.covariance)  # type: ignore[arg-type]
 
-    def transform(self, X: Any) -> np.ndarray:
+    def reduce(self, X: Any) -> np.ndarray:
         """Reduced coordinates, shape (N, D)."""
         check_is_fitted(self, "means_")
         x_NF = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False)
         return self._project(_finite(x_NF))
 
     def _log_joint(self, X: Any) -> Tensor:
-        return self.gaussians_.log_joint(torch.from_numpy(self.transform(X)))
+        return self.gaussians_.log_joint(torch.from_numpy(self.reduce(X)))
 
     def _check(self) -> None:
         for name, least in (("rounds", 0), ("anneal", 0), ("n_init", 1)):
@@ -285,7 +285,7 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         if self.shed is not None and not 0.5 < self.shed <= 1:
             raise ValueError(f"shed must be above 0.5 and at most 1, or None, got {self.shed!r}")
 
-    def _reduce(self, x_NF: np.ndarray) -> None:
+    def _set_reduction(self, x_NF: np.ndarray) -> None:
         """Set ``mean_`` and ``components_``."""
         n, f = x_NF.shape
         self.mean_ = x_NF.mean(0)

@@ -144,6 +144,8 @@ class DiscoveryLoop:
         self.encoder.to(device)
         things, rows = things.to(device), min(self.batch_size, len(things))
         self.held_out_ = hold_out(y_N, self.held_out, self.seed)
+        if not (y_N != UNLABELLED).any():
+            raise ValueError("labels has no labelled thing (all are -1)")
         told_N = torch.from_numpy(np.where(self.held_out_, UNLABELLED, y_N)).to(device)
         per_epoch = len(things) // rows
         self.turns_: list[Turn] = []
@@ -182,7 +184,7 @@ class DiscoveryLoop:
         )
         self.encoder.train()
         self.losses_ = fit(self.encoder, loss_at, config, label="discovery loop").losses
-        self.discovery.fit(self.embed(things), y_N, held_out=self.held_out_)
+        self.discovery.fit(self.embed(things), y_N, held_out=self._to_learn_from(y_N))
         return self
 
     def embed(self, things: Tensor) -> np.ndarray:
@@ -202,9 +204,14 @@ class DiscoveryLoop:
         """Class of each thing, shape (N,)."""
         return self.discovery.predict(self.embed(things))
 
+    def _to_learn_from(self, y_N: np.ndarray) -> np.ndarray | None:
+        """The held-out things, where every class has two of them; else None, and all labelled ones serve."""
+        least = min(int(self.held_out_[y_N == label].sum()) for label in np.unique(y_N[y_N != UNLABELLED]))
+        return self.held_out_ if least >= 2 else None
+
     def _prototypes(self, things: Tensor, y_N: np.ndarray, epoch: int) -> _Prototypes:
         z_NE = self.embed(things)
-        self.discovery.fit(z_NE, y_N, held_out=self.held_out_)
+        self.discovery.fit(z_NE, y_N, held_out=self._to_learn_from(y_N))
         self.turns_.append(Turn(epoch, self.discovery.n_classes_, self.discovery.temper_))
         # Held-out things go where they would without their label, as unlabelled ones do; else the loss would see it.
         label_N = np.where(self.held_out_, self.discovery.predict(z_NE), self.discovery.labels_)
