@@ -22,7 +22,6 @@ from mixtura.density.selection import select_components
 __all__ = ["CLAIM"]
 
 TRUE_CLASSES, STARTS = 10, (7, 20, 30)
-TRIED = range(2, 21)  # numbers of classes that the counts to compare with try
 SILHOUETTE_ROWS = 1000
 LOST_BELOW = 0.5  # share of an old class's unlabelled rows found, below which it counts as lost
 
@@ -40,10 +39,11 @@ class Size:
     mnist_epochs: int
     width: int = 16
     device: str = "cpu"
+    most: int = 20  # classes that the counts to compare with try
 
 
 SCALES: dict[Scale, Size] = {
-    "smoke": Size(2, 1, 300, (7,), (6,), 150, 1),
+    "smoke": Size(2, 1, 300, (7,), (6,), 150, 1, most=12),
     "cpu": Size(50, 20, None, STARTS, (6, 12, 25, 40), 1500, 12),
     "gpu": Size(200, 80, None, STARTS, (6, 12, 25, 40), 5000, 100, 64, "auto"),
 }
@@ -148,19 +148,19 @@ class Judge:
         model = CategoryDiscovery(k - len(self.known), **options).fit(self.z, self.y, held_out=held)
         return model, self.score(model.labels_)
 
-    def counted(self) -> dict[str, float]:
-        """The numbers of classes that other counts give, and the accuracy of k-means with them."""
+    def counted(self, most: int) -> dict[str, float]:
+        """The numbers of classes that other counts give, and the accuracy of k-means with them; ``most`` classes at most."""
         from sklearn.cluster import KMeans
         from sklearn.metrics import silhouette_score
 
         rows = np.random.default_rng(self.seed).permutation(len(self.z))[:SILHOUETTE_ROWS]
-        shown = self.reduced[rows]
+        shown, tried = self.reduced[rows], range(2, most + 1)
         widths = {
-            k: silhouette_score(shown, KMeans(k, n_init=3, random_state=self.seed).fit_predict(shown)) for k in TRIED
+            k: silhouette_score(shown, KMeans(k, n_init=3, random_state=self.seed).fit_predict(shown)) for k in tried
         }
         counts = {
-            "gcd": estimate_classes_by_labels(self.reduced, self.y, TRIED, seed=self.seed),
-            "bic": select_components(self.reduced, TRIED, "bic", random_state=self.seed, patience=4)[1].best,
+            "gcd": estimate_classes_by_labels(self.reduced, self.y, tried, seed=self.seed),
+            "bic": select_components(self.reduced, tried, "bic", random_state=self.seed, patience=4)[1].best,
             "silhouette": max(widths, key=widths.__getitem__),
         }
         found: dict[str, float] = {}
@@ -192,7 +192,7 @@ def on_digits(size: Size, seed: int) -> dict[str, Any]:
     plain = trained(images, y, size, size.epochs, seed, prototypes=False)
     things = torch.from_numpy(images).float()[:, None]
     judge = Judge(plain.embed(things), t, y, known, seed)
-    figures: dict[str, Any] = {"kmeans_all": judge.kmeans(TRUE_CLASSES).all, **judge.counted()}
+    figures: dict[str, Any] = {"kmeans_all": judge.kmeans(TRUE_CLASSES).all, **judge.counted(size.most)}
     scores, counts, trace = [], [], {}
     for start in size.starts:
         model, score = judge.discovered(start)

@@ -230,7 +230,8 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Most probable class of each sample, known or new, shape (N,)."""
-        return self.classes_[self._log_joint(X).argmax(1).numpy()]
+        best_N = self._log_joint(X).argmax(1).numpy()
+        return self.classes_[best_N]
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each class, in the order of ``classes_``, shape (N, K), rows sum to 1."""
