@@ -23,8 +23,8 @@ from torch import Tensor
 
 from mixtura.core.gaussian import Gaussians
 from mixtura.core.keeping import Keeping
-from mixtura.data.tables import non_finite
 from mixtura.density.cluster_moves import Rules, halves_of, log_split_ratio
+from mixtura.density.discovery_inputs import LEAST_ROWS, check_finite, check_whole, held_out_rows, known_classes
 from mixtura.density.discovery_rounds import Found, Schedule, known_kmeans, nearest_centre, run_rounds
 from mixtura.density.inputs import device_of
 from mixtura.density.known_classes import Calibration, calibrate, calibrated_prior, within_covariance
@@ -41,7 +41,6 @@ EXTRA_FREEDOM = 50.0  # nu0 - D of the calibrated rule: the prior's covariance c
 PAPER_SCALE = 0.005  # Psi0 over the mean squared length of a sample: the paper's features have length 1
 BLOCK = 4096  # samples centred at once
 WIDE_START, ROWS_EACH = 3, 20  # clusters of the wide start, times those of the other; samples each at least
-LEAST_ROWS = 2  # labelled samples of a class
 NEAREST = {"calibrated": 3, "paper": 1}  # clusters that a merge looks at
 
 
@@ -197,11 +196,11 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
                 "CategoryDiscovery requires y to be passed, but the target y is None; give -1 where a sample is unlabelled"
             )
         x_NF = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_all_finite=False)
-        x_NF = _finite(x_NF)
+        x_NF = check_finite(x_NF)
         y_N = as_labels(y)
-        known = _known_classes(y_N, len(x_NF))
+        known = known_classes(y_N, len(x_NF))
         class_N = np.where(y_N == UNLABELLED, UNLABELLED, np.searchsorted(known, y_N))
-        held_N = _held_out(held_out, y_N, self.calibration if self.rule == "calibrated" else "paper")
+        held_N = held_out_rows(held_out, y_N, self.calibration if self.rule == "calibrated" else "paper")
         self._set_reduction(x_NF)
         z_ND = self._project(x_NF)
         # One scale for all features: distances keep their meaning, and the arithmetic is about 1.
@@ -259,19 +258,19 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         """Reduced coordinates, shape (N, D)."""
         check_is_fitted(self, "means_")
         x_NF = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False)
-        return self._project(_finite(x_NF))
+        return self._project(check_finite(x_NF))
 
     def _log_joint(self, X: Any) -> Tensor:
         return self.gaussians_.log_joint(torch.from_numpy(self.reduce(X)))
 
     def _check(self) -> None:
         for name, least in (("rounds", 0), ("anneal", 0), ("n_init", 1)):
-            _whole(name, getattr(self, name), least)
+            check_whole(name, getattr(self, name), least)
         for name in ("max_novel", "pca"):
             if getattr(self, name) is not None:
-                _whole(name, getattr(self, name), 0 if name == "max_novel" else 1)
+                check_whole(name, getattr(self, name), 0 if name == "max_novel" else 1)
         if self.initial_novel != "auto":
-            _whole("initial_novel", self.initial_novel, 0)
+            check_whole("initial_novel", self.initial_novel, 0)
         for name, known in (("rule", RULES), ("calibration", CALIBRATIONS), ("covariance", COVARIANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {list(known)}, got {getattr(self, name)!r}")
@@ -404,53 +403,3 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         self.labels_ = self.classes_[set_N]
         self.history_, self.converged_ = found.history, found.converged
         self.prototypes_ = np.stack([x_NF[set_N == c].mean(0) for c in range(self.n_classes_)])
-
-
-def _known_classes(y_N: np.ndarray, n: int) -> np.ndarray:
-    """The labelled classes, sorted.
-
-    Raises:
-        ValueError: another number of labels than of samples, no labelled sample, or a class of too few.
-    """
-    if len(y_N) != n:
-        raise ValueError(f"y has {len(y_N)} labels and X has {n} samples; they must be as many")
-    known, counts = np.unique(y_N[y_N != UNLABELLED], return_counts=True)
-    if not len(known):
-        raise ValueError("y has no labelled sample (all are -1); label some, or use GaussianMixture, which needs none")
-    if counts.min() < LEAST_ROWS:
-        few = known[counts < LEAST_ROWS]
-        raise ValueError(
-            f"class {few[0]} has {counts.min()} labelled sample, and a class needs at least {LEAST_ROWS}; "
-            "label more of it, or set it to -1"
-        )
-    return known
-
-
-def _held_out(held_out: Any, y_N: np.ndarray, calibration: str | None) -> np.ndarray | None:
-    if held_out is None:
-        return None
-    held_N = np.asarray(held_out)
-    if held_N.dtype != bool or held_N.shape != y_N.shape:
-        raise ValueError(f"held_out must be boolean of shape {y_N.shape}, got {held_N.dtype} of shape {held_N.shape}")
-    if calibration != "heldout":
-        return None
-    held_N = held_N & (y_N != UNLABELLED)
-    for label in np.unique(y_N[y_N != UNLABELLED]):
-        n = int(held_N[y_N == label].sum())
-        if n < LEAST_ROWS:
-            raise ValueError(
-                f"held_out has {n} samples of class {label}, and calibration needs at least {LEAST_ROWS} of each; "
-                "hold out more, or use calibration='members'"
-            )
-    return held_N
-
-
-def _finite(x_NF: np.ndarray) -> np.ndarray:
-    if problem := non_finite(x_NF):
-        raise ValueError(f"X must be finite: {problem}")
-    return x_NF
-
-
-def _whole(name: str, value: Any, least: int) -> None:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number >= {least}, got {value!r}")
