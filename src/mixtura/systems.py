@@ -207,6 +207,12 @@ SYSTEMS: tuple[System, ...] = (
         "2305.06144",
         "density",
         "A half-labelled mixture splits and merges its components until the number of classes is found.",
+        (
+            "mixtura.density.CategoryDiscovery",
+            "mixtura.density.DiscoveryLoop",
+            "mixtura.density.discovery_accuracy",
+            "mixtura.density.estimate_classes_by_labels",
+        ),
     ),
     System(
         "adjusted-sdp",
