@@ -138,6 +138,14 @@ def test_a_row_alone_gets_what_it_gets_in_a_batch():
     np.testing.assert_allclose([model.score_samples(x[None])[0] for x in X], model.score_samples(X), rtol=1e-12)
 
 
+def test_probabilities_over_several_blocks_are_those_of_one():
+    X, _ = blobs(n=100)
+    model = GaussianMixture(3, random_state=0).fit(X)
+    whole = model.predict_proba(X)
+    model.block_size = 30
+    np.testing.assert_allclose(model.predict_proba(X), whole, rtol=1e-10)
+
+
 def test_labels_of_a_fit_are_those_it_predicts():
     X, _ = blobs(300, apart=1.0)
     for steps in (0, 1, 3, 100):
