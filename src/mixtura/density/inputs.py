@@ -93,7 +93,9 @@ def check_parameters(estimator: Any) -> None:
             raise ValueError(f"{name} must be one of {list(known)}, got {getattr(estimator, name)!r}")
     if estimator.variance is not None:
         if estimator.covariance != "spherical" or estimator.precisions_init is not None:
-            raise ValueError("variance is for covariance='spherical' without precisions_init, which would contradict it")
+            raise ValueError(
+                "variance is for covariance='spherical' without precisions_init, which would contradict it"
+            )
         if not isinstance(estimator.variance, (int, float, np.number)) or not 0 < estimator.variance < np.inf:
             raise ValueError(f"variance must be a number > 0, got {estimator.variance!r}")
     rows = estimator.block_size
