@@ -49,14 +49,14 @@ class Factors:
         loadings: B, shape (F, R).
         noise: variance of each feature that the factors do not explain, shape (F,).
         log_likelihood: mean a sample, in nats.
-        n_iter: steps taken; 0 in closed form.
+        n_iter: steps taken; 1 in closed form.
         change: of the log likelihood in the last step.
     """
 
     loadings: np.ndarray
     noise: np.ndarray
     log_likelihood: float
-    n_iter: int = 0
+    n_iter: int = 1
     change: float = 0.0
 
 
@@ -191,7 +191,7 @@ class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
     n_samples_ : int
         Samples seen.
     n_iter_ : int
-        Steps of a "diagonal" fit.
+        Steps of a "diagonal" fit; 1 in closed form.
     statistics_ : Statistics
         Second moments around ``origin_``; ``partial_fit`` adds to them.
 

@@ -151,6 +151,11 @@ class PretrainedRegressor(RegressorMixin, _TwoPhase):
         self.pretrain_on = pretrain_on
         self.seed = seed
 
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.regressor_tags.poor_score = True  # a target may depend on what the latent leaves out
+        return tags
+
     def fit(self, X: Any, y: Any, X_unlabeled: Any = None) -> Self:
         """Fit the latent, then the head.
 
