@@ -246,6 +246,14 @@ SYSTEMS: tuple[System, ...] = (
         "2303.01566",
         "density",
         "When unlabelled data lowers the number of labelled samples a task needs, and by how much.",
+        (
+            "mixtura.density.latent_pretraining.PretrainedRegressor",
+            "mixtura.density.latent_pretraining.PretrainedClassifier",
+            "mixtura.density.pretraining_ways.pretraining_report",
+            "mixtura.density.factor_model.FactorModel",
+            "mixtura.density.contrastive_model.ContrastiveModel",
+            "mixtura.density.pretraining_rates.advantage_experiment",
+        ),
     ),
     System(
         "scale-mixture-gp",

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from mixtura.cli.work import Say, check_device, check_writable, domains_of, usage_of
-from mixtura.core.checkpoint import atomic_file
 from mixtura.core.measure import Meter
+from mixtura.core.page import save_figure
 from mixtura.lm import cost, loading
 
 __all__ = ["compress_channels"]
@@ -72,8 +72,7 @@ def compress_channels(
     }
     stored = getattr(config, "dtype", None)
     loading.save(small.to(stored) if isinstance(stored, torch.dtype) else small, tokenizer, out, card=card)
-    with atomic_file(out / PICTURE) as beside:
-        share_figure(small).savefig(beside, format="svg", metadata={"Date": None})
+    save_figure(share_figure(small), out / PICTURE)
     shares = ", ".join(f"{kind} {100 * share:.0f} %" for kind, share in high_shares(small).items())
     say(f"channels at 8 bits: {shares} ({out / PICTURE} shows them layer by layer)")
     disk = loading.directory_bytes(out)

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from mixtura.cli.cluster_picture import draw_plane
-from mixtura.core.checkpoint import atomic_file
-from mixtura.core.page import new_figure
+from mixtura.core.page import new_figure, save_figure
 
 __all__ = ["draw"]
 
@@ -39,8 +38,7 @@ def draw(path: Path, Z: np.ndarray, model: Any, component: np.ndarray, titles: S
         )
     plane.set_title(f"{len(titles)} classes, {model.n_novel_} of them new", fontsize=10)
     _draw_trace(trace, model)
-    with atomic_file(path) as beside:
-        figure.savefig(beside, format=path.suffix.lower().removeprefix("."), dpi=150)
+    save_figure(figure, path)
 
 
 def _draw_trace(axes: Any, model: Any) -> None:
