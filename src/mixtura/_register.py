@@ -34,3 +34,4 @@ def _quantizers(auto: ModuleType) -> None:
     from mixtura.lm.compress.quantizer import register
 
     register()
+    import mixtura.lm.sparse_checkpoint  # noqa: F401 (registers itself, since it may be what imports transformers)
