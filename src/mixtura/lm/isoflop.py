@@ -139,13 +139,6 @@ def widened_config(config: Any, sparsity: float, *, multiple_of: int = 1) -> Any
     groups = getattr(config, "num_key_value_heads", None) or heads
     new_groups = scaled_width(groups, sparsity)
     new_heads = new_groups * heads // groups
-    if abs(new_heads / heads / widening(sparsity) - 1) > 0.02:
-        log.warning(
-            "%d heads times %.3g is rounded to %d; a head count with a rounder product comes nearer to the sparsity",
-            heads,
-            widening(sparsity),
-            new_heads,
-        )
     if config.hidden_size * new_heads % heads:
         raise ValueError(f"hidden_size={config.hidden_size} does not widen evenly from {heads} to {new_heads} heads")
     made.num_attention_heads = new_heads
@@ -188,6 +181,9 @@ def _widen(model: Any, transform: IsoFlop, *, length: int, multiple_of: int, see
         generator=torch.Generator().manual_seed(seed),
         rebuild=build,
     )
+    heads, wanted = made.config.num_attention_heads, model.config.num_attention_heads * widening(transform.sparsity)
+    if abs(heads / wanted - 1) > 0.02:
+        log.warning("%.3g heads are rounded to %d, so the model is not as wide as its sparsity says", wanted, heads)
     if find_moe(made):
         made.set_experts_implementation(model.config._experts_implementation)
     made.generation_config = copy.deepcopy(model.generation_config)
