@@ -38,3 +38,4 @@ def _quantizers(auto: ModuleType) -> None:
 
     quantizer.register()
     channel_quantizer.register()
+    import mixtura.lm.sparse_checkpoint  # noqa: F401 (registers itself, since it may be what imports transformers)

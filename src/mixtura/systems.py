@@ -173,6 +173,12 @@ SYSTEMS: tuple[System, ...] = (
         "2303.11525",
         "lm",
         "A dense layer becomes a wider sparse one of equal cost that trains to a better result.",
+        (
+            "mixtura.core.isoflop.convert",
+            "mixtura.core.isoflop.widen",
+            "mixtura.core.sparse_training.MaskOptimizer",
+            "mixtura.lm.isoflop.convert",
+        ),
     ),
     System(
         "temperature-gate",

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtura.data.digits import digits, patches, read_idx, read_mnist
+from mixtura.data.digits import digits, fashion_mnist, patches, read_idx, read_mnist
 from mixtura.data.planar import PLANAR, planar
 
 
@@ -68,3 +68,16 @@ def test_planar_sets_repeat_with_their_seed_and_stay_near_the_origin(name: str):
 def test_an_unknown_planar_set_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"name must be one of .*'pinwheel'.* got 'moons'"):
         planar("moons", 3)
+
+
+def test_clothes_are_read_from_a_named_directory_or_said_to_be_missing(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("mixtura.data.digits.DEBIAN", tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
+        fashion_mnist()
+    folder = tmp_path / "fashion-mnist"
+    folder.mkdir()
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(np.full((2, 28, 28), 255, np.uint8), 0x08))
+    (folder / "t10k-labels-idx1-ubyte").write_bytes(idx(np.array([7, 1], np.uint8), 0x08))
+    monkeypatch.setenv("MIXTURA_IMAGES", str(tmp_path))
+    images, kinds = fashion_mnist("t10k")
+    assert images.shape == (2, 28, 28) and kinds.tolist() == [7, 1]

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, demo, discover, lm, regress, solve_pde
+from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde
 
 __all__ = ["app", "main"]
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 demo.add_to(app)
 lm.add_to(app)
+convert.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)

@@ -63,6 +63,14 @@ class TrainableName(StrEnum):
     router = "router"
 
 
+class MasksName(StrEnum):
+    """How the masks of a sparse model move while it trains."""
+
+    rigl = "rigl"
+    set = "set"
+    static = "static"
+
+
 def add_to(app: typer.Typer) -> None:
     """Add the commands of this module."""
     for command in (upcycle, train, compress, generate, inspect):
@@ -135,6 +143,9 @@ def train(
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-4,
     trainable: Annotated[TrainableName, typer.Option(help="What learns.")] = TrainableName.all,
     balance: Annotated[float, typer.Option(help="Weight of the load-balance loss.")] = 0.01,
+    masks: Annotated[
+        MasksName | None, typer.Option(help="How the masks of a sparse model move; default for one: rigl.")
+    ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of an interrupted run.")] = True,
     seed: Seed = 0,
@@ -165,6 +176,7 @@ def train(
             "lr": lr,
             "trainable": trainable.value,
             "balance": balance,
+            **({"masks": masks.value} if masks else {}),
             "checkpoint_every": checkpoint_every,
             "resume": resume,
             "seed": seed,

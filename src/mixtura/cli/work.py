@@ -10,7 +10,7 @@ from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
 
-__all__ = ["compare", "compress", "demo", "generate", "inspect", "train", "upcycle"]
+__all__ = ["compare", "compress", "convert", "demo", "generate", "inspect", "train", "upcycle"]
 
 Say = Callable[[str], None]
 
@@ -257,6 +257,83 @@ def compare(
         written.append(str(plot))
     say(f"{', '.join(written)} are written")
     return terminal_table(found.header(), found.cells())
+
+
+def convert(
+    source: str,
+    out: Path,
+    options: Mapping[str, Any],
+    *,
+    length: int,
+    multiple_of: int,
+    plot: Path | None,
+    seed: int,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
+    """Convert a dense checkpoint into ``out``."""
+    from mixtura.cli import convert_picture
+    from mixtura.core.isoflop import IsoFlop
+    from mixtura.core.page import check_picture
+    from mixtura.core.sparse_layers import masked_parameters
+    from mixtura.lm.isoflop import BETWEEN, count, widened_config
+    from mixtura.lm.isoflop import convert as run
+
+    _device(device)
+    _writable(out, [source])
+    if plot is not None:
+        check_picture(plot, "--plot")
+    kind, s = options["kind"], options["sparsity"]
+    transform = IsoFlop(
+        kind,
+        s,
+        skip=options["skip"],
+        match=options["match"],
+        distribution=options["distribution"],
+        between=BETWEEN,
+    )
+    how, kept = convert_picture.named(kind, s), convert_picture.KEPT[kind]
+    config = loading.load_config(source)
+    target = widened_config(config, s, multiple_of=multiple_of) if kind == "wide" else config
+    size = cost.model_size(loading.empty_model(target))
+    grown = 1 / (1 - s) if kind in ("parallel", "factorized") else 1.0
+    say(f"convert {source}: {how}; {cost.estimate(cost.Size(round(grown * size.total), size.active))}")
+    if dry_run:
+        return
+    model, tokenizer = loading.load(source, device=device)
+    before = count(model, length)
+    with Meter() as meter:
+        made = run(model, transform, length=length, multiple_of=multiple_of, seed=seed)
+    after = count(made, length)
+    masks = masked_parameters(made)
+    density = sum(m.active for m in masks.values()) / sum(m.mask.numel() for m in masks.values()) if masks else 1.0
+    total = sum(p.numel() for p in made.parameters())
+    figures = {
+        "multiply-adds of the forward pass": f"{after.total:,.0f} ({after.total / before.total:.4f} of the dense model's)",
+        "multiply-adds without the masks": f"{after.dense:,.0f}",
+        "density of the masked layers": density,
+        "parameters, inactive ones counted": total,
+        "seconds": round(meter.seconds, 1),
+    }
+    card = {
+        "title": out.name,
+        "base": [source],
+        "recipe": f"Converted with mixtura by `sparse-ift`, {how}: {kept}. Costs are equal at {length} tokens.",
+        "command": command,
+        "figures": figures,
+        "usage": _usage(made, out),
+        "source": "Sparse Iso-FLOP Transformations for Maximizing Training Efficiency (arXiv 2303.11525)",
+    }
+    loading.save(made, tokenizer, out, card=card)
+    if plot is not None:
+        convert_picture.draw(plot, before, after, title=f"{out.name}: {how}")
+    say(
+        f"{out}: {after.total / before.total:.4f} of the dense model's multiply-adds at {length} tokens, {100 * density:.1f} % "
+        f"of the masked weights active, {total / 1e6:.1f} M parameters"
+    )
+    say(f"{kept}; train it: mixtura train {out} --text ...")
 
 
 def demo(

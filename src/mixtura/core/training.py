@@ -4,6 +4,7 @@ A training is a function of the step. ``loss_at(step)`` draws its own batch from
 run that was interrupted and resumed sees the same batches as one that was not, and ends with the same weights.
 
 - AdamW, decay on matrices only; linear warm-up, cosine to a floor; gradients clipped by their global norm.
+- Masked weights (:mod:`mixtura.core.sparse_layers`) stay masked: a sparse model leaves a training as sparse as it came.
 - A loss that is not finite stops the run before the optimizer moves.
 - A checkpoint is a directory of safetensors and JSON: weights, optimizer moments, step, losses. Nothing is pickled.
 """
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 
 from mixtura.core.checkpoint import atomic_directory, read_json, write_json
 from mixtura.core.progress import bar
+from mixtura.core.sparse_layers import masked_parameters
+from mixtura.core.sparse_training import MaskConfig, MaskOptimizer
 
 __all__ = ["History", "NonFiniteLoss", "TrainConfig", "fit", "learning_rate"]
 
@@ -108,6 +111,7 @@ def fit(
     resume: bool = True,
     label: str = "train",
     describe: Mapping[str, Any] | None = None,
+    masks: MaskConfig | None = None,
 ) -> History:
     """Train the parameters of ``model`` that require gradients.
 
@@ -121,20 +125,27 @@ def fit(
         resume: continue from the checkpoint in ``out`` if one is there.
         label: name on the progress bar.
         describe: facts about the data that must agree between the checkpoint and a resumed run.
+        masks: how the masks of a sparse model move; ``None`` keeps them where they are.
     Returns:
         Losses, one a step, those before a resumption included.
     Raises:
         NonFiniteLoss: with the step; the optimizer has not moved.
-        ValueError: the checkpoint in ``out`` is of another model, data or schedule (first difference named).
+        ValueError: the checkpoint in ``out`` is of another model, data or schedule (first difference named), or ``masks``
+            for a model that has none.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so there is nothing to train")
     optimizer = _optimizer(trained, config)
+    moving = None
+    if masks is not None or any(found.parameter.requires_grad for found in masked_parameters(model).values()):
+        moving = MaskOptimizer(model, optimizer, masks or MaskConfig(method="static"), total_steps=config.steps)
     history, first = History(), 0
     facts = {"config": _comparable(config), "data": dict(describe or {})}
+    if masks is not None:
+        facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
     if out is not None and resume and (out / META).exists():
-        history.losses = _restore(out, trained, optimizer, facts)
+        history.losses = _restore(out, trained, optimizer, facts, moving)
         first = history.resumed_at = len(history.losses)
         log.info("resumed %s at step %d from %s", label, first, out)
     mode = model.training
@@ -143,11 +154,11 @@ def fit(
     try:
         with bar(desc=label, unit="step", total=config.steps, initial=first) as shown:
             for step in range(first, config.steps):
-                history.losses.append(_step(trained, loss_at, optimizer, step, config))
+                history.losses.append(_step(trained, loss_at, moving or optimizer, step, config))
                 shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
                 shown.update()
                 if out is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                    _save(out, trained, optimizer, history, facts)
+                    _save(out, trained, optimizer, history, facts, moving)
     except KeyboardInterrupt:
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
@@ -166,7 +177,7 @@ def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torc
 def _step(
     trained: Mapping[str, nn.Parameter],
     loss_at: Callable[[int], Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | MaskOptimizer,
     step: int,
     config: TrainConfig,
 ) -> float:
@@ -180,6 +191,8 @@ def _step(
             )
         loss.backward()  # type: ignore[no-untyped-call]
         total += loss.item()
+    if isinstance(optimizer, MaskOptimizer):
+        optimizer.mask_gradients()  # before clipping: what inactive weights would like is no part of the norm
     if config.clip:
         norm = nn.utils.clip_grad_norm_(trained.values(), config.clip)
         if not torch.isfinite(norm):
@@ -212,8 +225,12 @@ def _save(
     optimizer: torch.optim.Optimizer,
     history: History,
     facts: Mapping[str, Any],
+    moving: MaskOptimizer | None,
 ) -> None:
     tensors: dict[str, Tensor] = {}
+    if moving is not None:
+        for name, found in moving.masked.items():
+            tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
     for name, p in trained.items():
         tensors[f"weight/{name}"] = p.detach().contiguous()
         for key, value in optimizer.state.get(p, {}).items():
@@ -224,14 +241,20 @@ def _save(
 
 
 def _restore(
-    out: Path, trained: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, facts: Mapping[str, Any]
+    out: Path,
+    trained: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    facts: Mapping[str, Any],
+    moving: MaskOptimizer | None,
 ) -> list[float]:
     meta = read_json(out / META)
-    for part, now in facts.items():
-        for key in sorted({*now, *meta[part]}):
-            if now.get(key) != meta[part].get(key):
+    parts = (facts.keys() | meta.keys()) - {"losses"}
+    for part in sorted(parts):
+        now, then = facts.get(part, {}), meta.get(part, {})
+        for key in sorted({*now, *then}):
+            if now.get(key) != then.get(key):
                 raise ValueError(
-                    f"{out} holds a run with {key}={meta[part].get(key)!r}, this one has {now.get(key)!r}; "
+                    f"{out} holds a run with {key}={then.get(key)!r}, this one has {now.get(key)!r}; "
                     "give the same settings, another directory, or turn resume off"
                 )
     tensors = load_file(out / STATE)
@@ -243,7 +266,11 @@ def _restore(
         with torch.no_grad():
             p.copy_(saved)
         state = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
-        state.pop("weight")
+        for own in ("weight", "mask", "union"):
+            state.pop(own, None)
         if state:
             optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+    if moving is not None:
+        kept = [{n: tensors[f"{kind}/{n}"] for n in moving.masked} for kind in ("mask", "union")]
+        moving.restore(kept[0], kept[1], len(meta["losses"]))
     return [float(loss) for loss in meta["losses"]]

@@ -1,6 +1,7 @@
 """Small images: scikit-learn's digits, patches of its photographs, and IDX files (MNIST, Fashion-MNIST) from the user's disk."""
 
 import gzip
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["digits", "patches", "read_idx", "read_mnist"]
+from mixtura.data.texts import MissingData
+
+__all__ = ["digits", "fashion_mnist", "patches", "read_idx", "read_mnist"]
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+DEBIAN = Path("/usr/share/datasets")
+IMAGES = "MIXTURA_IMAGES"  # a directory that holds fashion-mnist, as it is distributed
 Images = NDArray[np.float64]
 
 
@@ -79,3 +84,22 @@ def read_mnist(directory: str | Path, part: str = "train") -> tuple[Images, NDAr
     if len(images) != len(labels):
         raise ValueError(f"{directory} holds {len(images)} images and {len(labels)} labels of part {part}")
     return images / 255.0, labels.astype(np.int64)
+
+
+def fashion_mnist(part: str = "train") -> tuple[Images, NDArray[np.int64]]:
+    """Images (n, 28, 28) in [0, 1] of ten kinds of clothes, and their kinds: 60,000 to train on, 10,000 to test.
+
+    They are looked for in ``$MIXTURA_IMAGES/fashion-mnist`` and where Debian's package puts them.
+
+    Args:
+        part: ``"train"`` or ``"t10k"``.
+    Raises:
+        MissingData: they are in neither place.
+    """
+    for directory in (*([Path(named)] if (named := os.environ.get(IMAGES)) else []), DEBIAN):
+        if (directory / "fashion-mnist").is_dir():
+            return read_mnist(directory / "fashion-mnist", part)
+    raise MissingData(
+        "Fashion-MNIST is a package of Debian; install it with: apt-get install dataset-fashion-mnist, or name the directory "
+        f"that holds its directory fashion-mnist in {IMAGES}"
+    )

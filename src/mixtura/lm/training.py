@@ -14,6 +14,8 @@ from torch.nn import functional as F
 
 from mixtura.core.balance import load_balance_loss, router_z_loss
 from mixtura.core.measure import bfloat16_over_float32
+from mixtura.core.sparse_layers import masked_parameters
+from mixtura.core.sparse_training import MaskConfig
 from mixtura.core.training import History, TrainConfig, fit
 from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.tokens import blocks, mixed_batch_at
@@ -39,6 +41,7 @@ def train(
     balance: float = 0.01,
     z: float = 0.001,
     weight_decay: float = 0.1,
+    masks: Literal["rigl", "set", "static"] | None = None,
     checkpoint_every: int = 0,
     out: Path | None = None,
     resume: bool = True,
@@ -58,6 +61,7 @@ def train(
         layers: train experts of these layers only; gates train in every layer.
         balance, z: weights of the load-balance and the router z-loss, averaged over layers.
         weight_decay: of AdamW.
+        masks: how the masks of a sparse model move, forty times in three quarters of the steps; ``None``: ``"rigl"`` for one.
         checkpoint_every, out, resume: see :func:`mixtura.core.training.fit`.
         seed: order of the rows.
         label: name on the progress bar.
@@ -65,7 +69,7 @@ def train(
         The losses, one a step.
     Raises:
         TypeError: the weights are not float32.
-        ValueError: too little text, unknown shares, or nothing to train.
+        ValueError: too little text, unknown shares, nothing to train, or ``masks`` for a model without any.
         NonFiniteLoss: the loss became NaN; the weights are those before the step.
     """
     if wrong := sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}):
@@ -89,7 +93,21 @@ def train(
 
     facts = {name: [len(rows), int(rows.sum() % 2**31)] for name, rows in sources.items()} | {"batch_size": batch_size}
     with select_trainable(model, trainable, layers=layers):
-        return fit(model, loss_at, config, out=out, resume=resume, label=label, describe=facts)
+        moving = _moving(model, masks, steps, seed)
+        return fit(model, loss_at, config, out=out, resume=resume, label=label, describe=facts, masks=moving)
+
+
+def _moving(
+    model: nn.Module, masks: Literal["rigl", "set", "static"] | None, steps: int, seed: int
+) -> MaskConfig | None:
+    if not any(found.parameter.requires_grad for found in masked_parameters(model).values()):
+        if masks is not None:
+            raise ValueError(
+                f"masks={masks!r} is for a sparse model, and {type(model).__name__} trains no masked weight"
+            )
+        return None
+    every = max(1, round(0.75 * steps / 40))
+    return MaskConfig(method="static" if steps <= every else masks or "rigl", every=every, seed=seed)
 
 
 def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0.0) -> Tensor:
