@@ -281,8 +281,8 @@ def convert(
     from mixtura.lm.isoflop import BETWEEN, count, widened_config
     from mixtura.lm.isoflop import convert as run
 
-    _device(device)
-    _writable(out, [source])
+    check_device(device)
+    check_writable(out, [source])
     if plot is not None:
         check_picture(plot, "--plot")
     kind, s = options["kind"], options["sparsity"]
@@ -323,7 +323,7 @@ def convert(
         "recipe": f"Converted with mixtura by `sparse-ift`, {how}: {kept}. Costs are equal at {length} tokens.",
         "command": command,
         "figures": figures,
-        "usage": _usage(made, out),
+        "usage": usage_of(made, out),
         "source": "Sparse Iso-FLOP Transformations for Maximizing Training Efficiency (arXiv 2303.11525)",
     }
     loading.save(made, tokenizer, out, card=card)
