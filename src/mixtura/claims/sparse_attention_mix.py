@@ -57,7 +57,9 @@ LIMITS = (
     "One model of 135 M parameters, whose 90 key/value heads stand in 30 layers, and one task; questions follow one record, so "
     "later ones see earlier answers. Answers are scored with the right ones before them. Influence is pooled by block before its "
     "absolute value is taken; by value, as the authors' code has it, is reported without a bar (value_50, value_25). So is the "
-    "perplexity of code, which looks back little and on which the plans were not made."
+    "perplexity of code, which looks back little and on which the plans were not made. Half the cache keeps 0.77 of the whole "
+    "answers instead of 0.85: five digits in a row multiply what a tenth of a nat a digit costs, and plans differ by what was "
+    "drawn to calibrate on (0.74, 0.90, 0.68)."
 )
 
 
@@ -209,7 +211,8 @@ def plot(record: Record, figure: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     left.set_title("loss of a digit, nats", fontsize=9)
     middle.set_title("numbers found whole, %", fontsize=9)
-    left.legend(frameon=False, fontsize=7)
+    middle.set_ylim(top=1.6 * middle.get_ylim()[1])
+    middle.legend(frameon=False, fontsize=7, loc="upper right", ncols=2)
     spans = np.array(seeds[0]["detail"][f"spans_{DENSITIES[-1]}"])
     image = right.imshow(spans.T, aspect="auto", cmap="viridis")
     right.set(xlabel="layer", ylabel="key/value head", yticks=range(spans.shape[1]))
