@@ -125,7 +125,7 @@ def text_cells(sizes: tuple[int, ...], seed: int) -> list[Cell]:
     return [Cell(f"text_{n}", n, X[train], X[train], y[train], X[test], y[test], latent) for n in sizes]
 
 
-def outcome(cell: Cell, draws: int, seed: int) -> dict[str, float]:
+def outcome(cell: Cell, draws: int, seed: int) -> dict[str, Any]:
     """Accuracy of each way on the test rows, and of following the report, mean over draws of the labels."""
     once = fit_latent(cell.latent, "auto", cell.unlabelled, seed)
     right: dict[str, list[float]] = {way: [] for way in (*WAYS, "report")}

@@ -85,7 +85,7 @@ def main_metric(result: RateResult) -> str:
 
 def over_n(result: RateResult, prefix: str) -> dict[str, float]:
     """Mean excess risks at every n, and the worst ratios of the two-phase estimator to its rivals."""
-    figures, main = {}, main_metric(result)
+    figures, main = dict[str, float](), main_metric(result)
     means = {name: np.array(result.summary(name)) for name in (main, "m=n", "oracle", "supervised")}
     for name, short in ((main, "two_phase"), ("m=n", "m_is_n"), ("oracle", "oracle"), ("supervised", "supervised")):
         figures |= {f"{prefix}_{short}_{n}": float(v) for n, v in zip(result.sizes, means[name], strict=True)}

@@ -245,7 +245,8 @@ class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
             a parameter out of its range.
         """
         for name in ("statistics_", "origin_"):
-            vars(self).pop(name, None)
+            if hasattr(self, name):
+                delattr(self, name)
         return self._add(X, join(self.distributed))  # type: ignore[arg-type]
 
     def partial_fit(self, X: Any, y: Any = None) -> Self:
@@ -321,8 +322,9 @@ class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
             source = as_source(self, X, reset=fresh, min_samples=2 if fresh and processes.size == 1 else 0)
         found, origin = self._moments(Checked(source, missing=False), processes)
         if not fresh:
-            shift = torch.from_numpy(origin - self.origin_)
-            found, origin = self.statistics_ + found.mapped(torch.ones_like(shift), shift, "tied"), self.origin_
+            before: tuple[Statistics, np.ndarray] = (self.statistics_, self.origin_)
+            shift = torch.from_numpy(origin - before[1])
+            found, origin = before[0] + found.mapped(torch.ones_like(shift), shift, "tied"), before[1]
         n, f = round(float(found.weight)), len(origin)
         if n < 2:
             raise ValueError(f"a covariance needs at least 2 samples, got n_samples = {n}")
@@ -330,7 +332,9 @@ class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
             raise ValueError(f"n_factors must be below the n_features = {f} of X, got {self.n_factors}")
         if f < 2:
             raise ValueError(f"factors need at least 2 features to be shared by, got n_features = {f}")
-        self.statistics_, self.origin_, self.n_samples_ = found, origin, n
+        self.statistics_: Statistics = found
+        self.origin_: np.ndarray = origin
+        self.n_samples_ = n
         apart_F = (found.first[0] / n).numpy() if self.center else -origin
         self.mean_ = origin + apart_F if self.center else np.zeros(f)
         first_F = (found.first[0] / n).numpy()

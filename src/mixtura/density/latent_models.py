@@ -75,7 +75,7 @@ def fit_latent(latent: Any, n_latent: int | str, X: Any, seed: int) -> Any:
     if latent == "contrastive":
         from mixtura.density.contrastive_model import ContrastiveModel
 
-        return ContrastiveModel(dim=32 if n_latent == "auto" else n_latent, seed=seed).fit(X)
+        return ContrastiveModel(dim=32 if n_latent == "auto" else int(n_latent), seed=seed).fit(X)
     options: dict[str, Any] = {"covariance": "diag", "random_state": seed}
     if n_latent != "auto":
         return GaussianMixture(n_latent, n_init=RESTARTS, **options).fit(X)  # type: ignore[arg-type]
