@@ -25,7 +25,7 @@ from mixtura.density.small_heads import Linear, fit_least_squares, fit_logistic,
 
 __all__ = ["advantage_experiment", "two_phase"]
 
-TEST = 20_000  # draws of x that errors of a classifier are averaged over, each by its probability
+TEST = 10_000  # draws of x that errors of a classifier are averaged over, each by its probability
 Case = Literal["factor", "mixture"]
 
 

@@ -20,7 +20,8 @@ __all__ = ["ALPHAS", "ClassTable", "Linear", "Logits", "fit_least_squares", "fit
 log = logging.getLogger(__name__)
 
 ALPHAS = np.logspace(-2, 4, 25)  # of ridge; chosen by generalised cross-validation
-PENALTIES = np.logspace(-4, 2, 7)  # C of logistic regression
+PENALTIES = np.logspace(-4, 1, 6)  # C of logistic regression
+ROUGH = {"tol": 1e-3, "max_iter": 100}  # fits that are only scored: their ranks settle long before their last digits
 JITTER = 1e-8  # of least squares, a share of the columns' mean square
 
 
@@ -94,7 +95,7 @@ def fit_ridge(latent: np.ndarray, y: np.ndarray, *, intercept: bool) -> Linear:
 
 
 def fit_logistic(latent: np.ndarray, classes: np.ndarray, n_classes: int, *, folds: int = 5, seed: int = 0) -> Logits:
-    """Multinomial logistic regression, its penalty among seven by stratified cross-validation.
+    """Multinomial logistic regression, its penalty among six by stratified cross-validation.
 
     Args:
         latent: shape (N, R).
@@ -106,19 +107,18 @@ def fit_logistic(latent: np.ndarray, classes: np.ndarray, n_classes: int, *, fol
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import KFold, StratifiedKFold, cross_val_score
 
-    def made(penalty: float) -> LogisticRegression:
-        return LogisticRegression(C=penalty, max_iter=200)
-
     with warnings.catch_warnings():
         # Of classes rarer than parts, parts without a class, and fits cut off: each lowers a score, and no more.
         warnings.simplefilter("ignore")
         commonest = int(np.bincount(classes, minlength=n_classes).max())
         kind = StratifiedKFold if commonest >= 2 else KFold
         parts = kind(max(2, min(folds, commonest)), shuffle=True, random_state=seed)
-        scores = [np.nanmean(cross_val_score(made(c), latent, classes, cv=parts)) for c in PENALTIES]
+        scores = [
+            np.nanmean(cross_val_score(LogisticRegression(C=c, **ROUGH), latent, classes, cv=parts)) for c in PENALTIES
+        ]
         # Among equals the strongest penalty; where no part could be fitted, 1.
         best = float(PENALTIES[int(np.nanargmax(scores))]) if np.isfinite(scores).any() else 1.0
-        found = made(best).fit(latent, classes)
+        found = LogisticRegression(C=best, max_iter=200).fit(latent, classes)
     coef, intercept = found.coef_, found.intercept_
     if len(coef) == 1:  # two classes: one line, whose logit is that of the second
         coef, intercept = np.vstack([np.zeros_like(coef), coef]), np.concatenate([[0.0], intercept])
