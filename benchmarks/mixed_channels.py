@@ -4,6 +4,7 @@ python benchmarks/mixed_channels.py            # writes docs/benchmarks/mixed_ch
 python benchmarks/mixed_channels.py --busy     # on a machine with other work: one thread, processor time
 """
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ from mixtura.lm.loading import load, save
 Clock = Callable[[], float]
 OUT, IN, GROUP, SHARE = 4096, 4096, 128, 0.1
 PROMPT, NEW_TOKENS, DECODES = 32, 32, 5
+TORCHAO = {"torchao int4 weights": torch.bfloat16, "torchao int8 weights": torch.float32}  # each in its quickest type
 
 
 def bandwidth(clock: Clock) -> float:
@@ -118,10 +120,12 @@ def decode(name: str, source: str, busy: bool) -> None:
     """In a process of its own: tokens a second of greedy decoding, and resident bytes; printed as JSON."""
     torch.set_num_threads(1 if busy else 2)
     clock = time.process_time if busy else time.perf_counter
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(name, "quick")
+    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, **TORCHAO}.get(name, "quick")
     before = resident_memory()
     with Meter() as meter, torch.inference_mode():
         model, _ = load(source, dtype=dtype)
+        if name in TORCHAO:
+            quantize_by_torchao(model, name)
         after = resident_memory()
         ids = torch.randint(0, 49152, (1, PROMPT), generator=torch.Generator().manual_seed(0))
         seconds = []
@@ -136,9 +140,20 @@ def decode(name: str, source: str, busy: bool) -> None:
     print(json.dumps({"seconds": seconds, "resident": after - before, "peak": meter.peak_bytes}))
 
 
+def quantize_by_torchao(model: Any, name: str) -> None:
+    """Linear layers but the head, weights only: 4 bits in groups of 32 (the largest that divides all widths), or 8 by row."""
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    config = PrototypeInt4WeightOnlyConfig(group_size=32) if "int4" in name else Int8WeightOnlyConfig()
+    quantize_(model.model, config)
+
+
 def decode_rows(folder: Path, busy: bool) -> list[dict[str, Any]]:
     """The original in two types and the mixed model, each in its own process, in turns."""
     places = {"float32": str(smollm2()), "bfloat16": str(smollm2()), "mixed, 8-bit activations": str(folder / "mixed")}
+    if importlib.util.find_spec("torchao") is not None:
+        places |= dict.fromkeys(TORCHAO, str(smollm2()))
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
     for _ in range(2):
         for name, source in places.items():
@@ -181,7 +196,8 @@ def main() -> None:
     notes = (
         f"Quantized layers of SmolLM2 take {sizes['of bfloat16']:.3f} of their bfloat16 bytes ({sizes['stored']:.2f} bits a "
         f"weight, {sizes['bits']:.2f} of them codes); the embedding, a fifth of this model, stays as it was. Resident "
-        "bytes are what the process grew by when it loaded the model. torchao builds on the int4 and int8 products shown."
+        "bytes are what the process grew by when it loaded the model. torchao's rows, where it is installed (0.18), are its "
+        "weight-only CPU formats."
     )
     payload = {
         "title": "Channels of two widths",
