@@ -18,9 +18,12 @@ def when_transformers_is_imported() -> None:
 
 
 def _config(auto: ModuleType) -> None:
+    from mixtura.lm.attention.late import placeholders
     from mixtura.lm.model.config import MixturaConfig
 
     auto.AutoConfig.register("mixtura", MixturaConfig, exist_ok=True)
+    for kind, placeholder in placeholders().items():
+        auto.AutoConfig.register(kind, placeholder, exist_ok=True)
 
 
 def _model(auto: ModuleType) -> None:
@@ -31,7 +34,8 @@ def _model(auto: ModuleType) -> None:
 
 
 def _quantizers(auto: ModuleType) -> None:
-    from mixtura.lm.compress.quantizer import register
+    from mixtura.lm.compress import channel_quantizer, quantizer
 
-    register()
+    quantizer.register()
+    channel_quantizer.register()
     import mixtura.lm.sparse_checkpoint  # noqa: F401 (registers itself, since it may be what imports transformers)

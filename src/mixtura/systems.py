@@ -127,6 +127,12 @@ SYSTEMS: tuple[System, ...] = (
         "2406.14909",
         "lm",
         "Every attention head gets a span of its own that grows with the input, chosen by profiling and a program.",
+        (
+            "mixtura.lm.attention.profile_spans",
+            "mixtura.lm.attention.plan_spans",
+            "mixtura.lm.attention.convert",
+            "mixtura.lm.attention.SpanCache",
+        ),
     ),
     System(
         "moe-x",
@@ -141,6 +147,11 @@ SYSTEMS: tuple[System, ...] = (
         "2412.14590",
         "lm",
         "The output channels that matter most to the loss of the whole model get 8 bits, all others 4.",
+        (
+            "mixtura.lm.compress.mixed_channels.convert",
+            "mixtura.lm.compress.channel_salience.channel_salience",
+            "mixtura.lm.compress.mixed_channel_linear.MixedChannelLinear",
+        ),
     ),
     System(
         "hecate",
@@ -202,6 +213,12 @@ SYSTEMS: tuple[System, ...] = (
         "2305.06144",
         "density",
         "A half-labelled mixture splits and merges its components until the number of classes is found.",
+        (
+            "mixtura.density.CategoryDiscovery",
+            "mixtura.density.DiscoveryLoop",
+            "mixtura.density.discovery_accuracy",
+            "mixtura.density.estimate_classes_by_labels",
+        ),
     ),
     System(
         "adjusted-sdp",
@@ -235,6 +252,14 @@ SYSTEMS: tuple[System, ...] = (
         "2303.01566",
         "density",
         "When unlabelled data lowers the number of labelled samples a task needs, and by how much.",
+        (
+            "mixtura.density.latent_pretraining.PretrainedRegressor",
+            "mixtura.density.latent_pretraining.PretrainedClassifier",
+            "mixtura.density.pretraining_ways.pretraining_report",
+            "mixtura.density.factor_model.FactorModel",
+            "mixtura.density.contrastive_model.ContrastiveModel",
+            "mixtura.density.pretraining_rates.advantage_experiment",
+        ),
     ),
     System(
         "scale-mixture-gp",

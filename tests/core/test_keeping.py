@@ -50,6 +50,22 @@ def test_arrays_and_tensors_come_back_to_the_bit(tmp_path):
     assert back.objects_.tolist() == ["a", None, 1]
 
 
+def test_an_estimator_of_this_package_within_another_comes_back(tmp_path):
+    from mixtura.density import GaussianMixture
+
+    X = np.random.default_rng(0).normal(size=(30, 2))
+    kept = Kept(GaussianMixture(2, random_state=0).fit(X))
+    kept.found_ = {"inner": kept.value}
+    kept.save(tmp_path / "e")
+    back = Kept.load(tmp_path / "e")
+    for found in (back.value, back.found_["inner"]):
+        np.testing.assert_array_equal(found.score_samples(X), kept.value.score_samples(X))
+    meta = tmp_path / "e" / "estimator.json"
+    meta.write_text(meta.read_text().replace("mixtura.density.mixture.GaussianMixture", "collections.OrderedDict"))
+    with pytest.raises(ValueError, match="no record of mixtura"):
+        Kept.load(tmp_path / "e")
+
+
 def test_nan_comes_back_as_nan(tmp_path):
     Kept(math.nan).save(tmp_path / "e")
     assert math.isnan(Kept.load(tmp_path / "e").value)

@@ -31,7 +31,7 @@ def test_no_rows_are_fine():
 def test_bad_input_is_named():
     with pytest.raises(ValueError, match=r"codes must lie in \[0, 4\), got 0 to 4"):
         pack(torch.tensor([0, 4, 0, 0]), 2)
-    with pytest.raises(ValueError, match=r"bits must be one of \[1, 2, 3, 4, 8\], got 5"):
+    with pytest.raises(ValueError, match=r"bits must be one of \[1, 2, 3, 4, 6, 8\], got 5"):
         packed_width(8, 5)
     with pytest.raises(ValueError, match="multiple of 8 long"):
         pack(torch.zeros(12, dtype=torch.uint8), 3)

@@ -111,6 +111,30 @@ def test_with_inputs_that_do_not_correlate_gptq_is_rounding_to_nearest(bits: int
     assert torch.equal(by_gptq.codes, plain.codes) and torch.equal(by_gptq.scale, plain.scale)
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_with_equal_inputs_a_clip_search_and_an_order_of_groups_change_no_code_of_gptq(symmetric: bool):
+    weight = draw(6, 32)
+    weight[:, 3] *= 6  # something to clip
+    found = gptq(weight, torch.eye(32), 3, 8, symmetric=symmetric, clip=True, reorder=True)
+    want = nearest(weight, 3, 8, symmetric=symmetric, clip=True, hessian=torch.eye(32))
+    assert torch.equal(found.codes, want.codes) and torch.equal(found.scale, want.scale)
+    assert not torch.equal(found.scale, nearest(weight, 3, 8, symmetric=symmetric).scale)
+
+
+def test_groups_in_order_of_their_inputs_are_those_of_a_matrix_written_in_that_order():
+    weight, x = draw(6, 32), draw(60, 32, seed=1) @ draw(32, 32, seed=2)
+    x[:, 16:24] *= 5
+    x[:, 8:16] *= 3
+    found = gptq(weight, x.T @ x, 3, 8, reorder=True)
+    x_G = (x * x).sum(0).view(4, 8).sum(1)
+    columns = torch.arange(32).view(4, 8)[x_G.argsort(descending=True)].flatten()
+    assert columns[:16].tolist() == [*range(16, 24), *range(8, 16)]
+    want = gptq(weight[:, columns].contiguous(), x[:, columns].T @ x[:, columns], 3, 8)
+    torch.testing.assert_close(found.dequantize()[:, columns], want.dequantize())
+    plain = gptq(weight, x.T @ x, 3, 8)
+    assert (x @ (found.dequantize() - weight).T).norm() < (x @ (plain.dequantize() - weight).T).norm()
+
+
 def test_gptq_lies_between_rounding_and_the_best_of_all_roundings():
     generator = torch.Generator().manual_seed(0)
     best, ours, rounded = [], [], []

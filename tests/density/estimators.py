@@ -6,9 +6,14 @@ from typing import Any
 
 from mixtura.density import (
     AdjustedSDPClustering,
+    CategoryDiscovery,
+    ContrastiveModel,
     EnergyDensity,
+    FactorModel,
     GatedRegression,
     GaussianMixture,
+    PretrainedClassifier,
+    PretrainedRegressor,
     ScaleMixtureClassifier,
     ScaleMixtureRegressor,
 )
@@ -59,6 +64,12 @@ NEEDS_Y = dict.fromkeys(
     ("check_methods_sample_order_invariance", "check_methods_subset_invariance"), "score_samples needs y"
 )
 
+NUMBERED = {
+    "check_classifiers_classes": "labels are whole numbers, since -1 means unlabelled; the command line numbers names",
+    "check_clustering": "fits without y, and discovery starts from labelled samples",
+}
+UNLABELLED = {"check_classifiers_classes": "-1 is one of its two labels, and here it means unlabelled"}
+
 ESTIMATORS: dict[str, Case] = {
     "AdjustedSDPClustering": Case(lambda: AdjustedSDPClustering(2, max_iter=3)),
     "GaussianMixture": Case(
@@ -71,6 +82,12 @@ ESTIMATORS: dict[str, Case] = {
             "check_methods_subset_invariance": ONE_COMPONENT,
         },
     ),
+    "CategoryDiscovery": Case(lambda: CategoryDiscovery(rounds=4, anneal=2, n_init=1), NUMBERED),
+    "ContrastiveModel": Case(lambda: ContrastiveModel("linear", dim=2, epochs=2)),
+    "FactorModel": Case(lambda: FactorModel(1)),
+    "FactorModel, a noise a feature": Case(lambda: FactorModel(1, noise="diagonal", max_iter=50)),
+    "PretrainedClassifier": Case(lambda: PretrainedClassifier(n_latent=3, head="logistic"), UNLABELLED),
+    "PretrainedRegressor": Case(lambda: PretrainedRegressor("mixture", n_latent=2)),
     "EnergyDensity": Case(lambda: EnergyDensity(max_iter=5, width=8, depth=1, batch_size=16, noise_batch_size=16)),
     "GatedRegression": Case(lambda: GatedRegression(2, n_init=1, max_iter=20), TOO_FEW | GATE | NEEDS_Y),
     "GatedRegression of one line": Case(lambda: GatedRegression(1), MANY_COLUMNS | GATE | NEEDS_Y),

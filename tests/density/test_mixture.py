@@ -73,6 +73,29 @@ def test_a_weight_of_two_is_the_sample_twice_and_a_weight_of_zero_is_none(covari
     np.testing.assert_allclose(weighted.lower_bounds_, repeated.lower_bounds_, rtol=1e-10)
 
 
+def test_a_known_variance_is_held_while_weights_and_means_take_the_steps_of_a_loop():
+    X, _ = blobs(n=80)
+    begin = start(X, 3, "spherical")
+    begin.pop("precisions_init")
+    ours = GaussianMixture(3, covariance="spherical", variance=2.5, tol=0.0, max_iter=4, **begin).fit(X)
+    weights, means = begin["weights_init"], begin["means_init"]
+    for _ in range(4):
+        p = np.array([[w * np.exp(-((x - m) ** 2).sum() / 5) for w, m in zip(weights, means, strict=True)] for x in X])
+        r = p / p.sum(1, keepdims=True)
+        weights, means = r.mean(0), (r.T @ X) / r.sum(0)[:, None]
+    np.testing.assert_allclose(ours.means_, means, rtol=1e-8)
+    np.testing.assert_allclose(ours.weights_, weights, rtol=1e-8)
+    np.testing.assert_allclose(ours.covariances_, 2.5, rtol=1e-12)
+    assert ours.n_parameters() == 2 + 9
+    for batch in np.array_split(X, 4):
+        ours.partial_fit(batch)
+    np.testing.assert_allclose(ours.covariances_, 2.5, rtol=1e-12)
+    fresh = GaussianMixture(3, covariance="spherical", variance=2.5, random_state=0)
+    for batch in np.array_split(X, 4):
+        fresh.partial_fit(batch)
+    np.testing.assert_allclose(fresh.covariances_, 2.5, rtol=1e-12)
+
+
 def test_icl_is_bic_and_twice_the_entropy():
     X, _ = blobs(200, apart=1.0)
     model = GaussianMixture(3, random_state=0).fit(X)
@@ -136,6 +159,14 @@ def test_a_row_alone_gets_what_it_gets_in_a_batch():
     X, _ = blobs(50)
     model = GaussianMixture(3, random_state=0).fit(X)
     np.testing.assert_allclose([model.score_samples(x[None])[0] for x in X], model.score_samples(X), rtol=1e-12)
+
+
+def test_probabilities_over_several_blocks_are_those_of_one():
+    X, _ = blobs(n=100)
+    model = GaussianMixture(3, random_state=0).fit(X)
+    whole = model.predict_proba(X)
+    model.block_size = 30
+    np.testing.assert_allclose(model.predict_proba(X), whole, rtol=1e-10)
 
 
 def test_labels_of_a_fit_are_those_it_predicts():
@@ -367,6 +398,8 @@ def test_bad_input_is_named(X, y, w, message):
         ({"n_components": 2.5}, r"n_components must be a whole number >= 1, got 2\.5"),
         ({"covariance": "round"}, r"covariance must be one of .*got 'round'"),
         ({"tol": -1}, "tol must be a number >= 0, got -1"),
+        ({"variance": 1.0}, "variance is for covariance='spherical'"),
+        ({"variance": 0, "covariance": "spherical"}, "variance must be a number > 0, got 0"),
         ({"reg": np.nan}, "reg must be a number >= 0, got nan"),
         ({"init": "kmeans"}, r"init must be one of \['k-means\+\+', 'random'\], got 'kmeans'"),
         ({"missing": "drop"}, "missing must be one of"),

@@ -189,7 +189,9 @@ def plot(record: Record, figure: Any) -> None:
     left.set_title("total variation of the density, median", fontsize=9)
     middle.set_title("Voronoi loss, median", fontsize=9)
     right.set_title("error of parameters, 4 experts, 3 active", fontsize=9)
-    for axes in (left, middle, right):
+    # Between the gate that stays where it is and those that come down.
+    left.legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.74))
+    for axes in (middle, right):
         axes.legend(frameon=False, fontsize=7)
     for axes in (left, middle, right):
         axes.spines[["top", "right"]].set_visible(False)

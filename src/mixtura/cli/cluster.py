@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtura.cli.added_columns import check_places, write_beside
+from mixtura.cli.class_column import class_numbers
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
@@ -206,7 +207,7 @@ def _read(path: Path, labels: str | None, ignore: list[str], missing: bool) -> J
     without = [str(column(table, name).name) for name in ignore]
     y, classes = None, list[str]()
     if labels is not None:
-        y, classes = _classes(column(table, labels))
+        y, classes = class_numbers(column(table, labels))
         without.append(labels)
     try:
         X, names = numbers(table, without=without, missing="allow" if missing else "error")
@@ -218,30 +219,6 @@ def _read(path: Path, labels: str | None, ignore: list[str], missing: bool) -> J
             hint = "; --missing takes empty fields as missing values"
         raise ValueError(f"{path}: {error}{hint}") from error
     return Job(table, X, names, y, classes)
-
-
-def _classes(values: pd.Series) -> tuple[np.ndarray, list[str]]:
-    """Numbers of the classes, -1 where unknown, and their names, sorted."""
-    import numpy as np
-    import pandas as pd
-
-    unknown = values.isna()
-    if pd.api.types.is_numeric_dtype(values):
-        unknown |= values == -1
-        whole = values[~unknown]
-        if len(whole) and (whole != np.round(whole)).any():
-            bad = whole[whole != np.round(whole)].iloc[0]
-            raise ValueError(f"--labels {values.name} must hold classes, names or whole numbers, got {bad}")
-        text = values.where(~unknown, 0).astype(np.int64).astype(str)
-        names = [str(v) for v in sorted({int(v) for v in whole})]
-    else:
-        text = values.astype(str).str.strip()
-        unknown |= text.isin(["", "-1"])
-        names = sorted(set(text[~unknown]))
-    if not names:
-        raise ValueError(f"--labels {values.name} is empty in every row; leave the option out")
-    number = {name: i for i, name in enumerate(names)}
-    return np.array([-1 if gone else number[name] for gone, name in zip(unknown, text, strict=True)]), names
 
 
 def _fit(job: Job, n: int | None, most: int, criterion: str, options: dict[str, Any]) -> tuple[Any, Any]:

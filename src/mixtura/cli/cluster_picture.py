@@ -10,7 +10,7 @@ import numpy as np
 
 from mixtura.core.page import new_figure, save_figure
 
-__all__ = ["draw"]
+__all__ = ["COLOURS", "draw", "draw_plane"]
 
 SHOWN = 4000  # samples drawn at most
 # Okabe and Ito's colours, which people with any colour vision tell apart, then greys and darker ones.
@@ -35,13 +35,14 @@ def draw(path: Path, X: np.ndarray, names: Sequence[str], model: Any, curve: Any
     if X.shape[1] == 1:
         _draw_line(panels[0, 0], X[:, 0], names[0], model, titles)
     else:
-        _draw_plane(panels[0, 0], X, model, titles)
+        draw_plane(panels[0, 0], X, model, titles)
     if curve is not None:
         _draw_curve(panels[0, 1], curve)
     save_figure(figure, path)
 
 
-def _draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str]) -> None:
+def draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str]) -> None:
+    """Samples and ellipses on the two principal components; arguments as :func:`draw`'s."""
     from matplotlib.patches import Ellipse
 
     mean_F, spread_F = np.nanmean(X, 0), np.nanstd(X, 0)

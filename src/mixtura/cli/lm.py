@@ -33,9 +33,11 @@ class UpcycleMethod(StrEnum):
 
 
 class CompressMethod(StrEnum):
-    """Ways to make a mixture small."""
+    """Ways to make a model small."""
 
     mc_moe = "mc-moe"
+    mixllm = "mixllm"
+    sparse_attention = "sparse-attention"
 
 
 class ScopeName(StrEnum):
@@ -190,7 +192,12 @@ def compress(
     source: Annotated[str, SOURCE],
     destination: Annotated[Path, typer.Argument(help="Directory to write.")],
     method: Annotated[CompressMethod, typer.Option(help="How to compress.")] = CompressMethod.mc_moe,
-    bits: Annotated[float, typer.Option(help="Average bits of an expert's weight, scales not counted.")] = 2.5,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Average bits of a quantized weight, scales not counted. Default: 2.5 (mc-moe, of experts), 4.4 (mixllm)."
+        ),
+    ] = None,
     prune: Annotated[
         float | None,
         typer.Option(help="Also skip second experts that hardly count, but protect this share of the tokens."),
@@ -198,25 +205,87 @@ def compress(
     scope: Annotated[
         ScopeName, typer.Option(help="One program for the whole model, or one for each block.")
     ] = ScopeName.model,
+    span: Annotated[
+        float, typer.Option(help="Share of the cache of keys and values that is kept (sparse-attention).")
+    ] = 0.5,
+    lengths: Annotated[
+        str, typer.Option(help="Total lengths that spans are made for, as in 2k,4k,8k (sparse-attention).")
+    ] = "2k",
+    plan: Annotated[
+        Path | None, typer.Option(help="Spans from a file, `spans.json` of another run (sparse-attention).")
+    ] = None,
     text: Text = None,
-    samples: Annotated[int, typer.Option(help="Calibration blocks.")] = 32,
+    samples: Annotated[
+        int | None, typer.Option(help="Calibration blocks. Default: 32, or 8 texts of each length (sparse-attention).")
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens a calibration block.")] = 256,
     seed: Seed = 0,
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Compress a mixture of experts: 1 to 3 bits an expert by an integer program, 4 bits for the rest.
+    """Compress a language model.
 
-    The result loads with transformers after `import mixtura`.
+    `mc-moe` takes a mixture of experts: 1 to 3 bits an expert by an integer program, 4 bits for the rest. `mixllm` takes any
+    model, dense or not: 4 bits a weight, and 8 for the output channels that matter most to the loss of the whole model;
+    activations become 8-bit integers as it runs. `sparse-attention` leaves the weights and cuts the cache of keys and values:
+    each head keeps the first tokens and a window of its own, which grows with the length. The result loads with transformers
+    after `import mixtura`.
 
     Examples:
 
         mixtura compress out/moe out/small --bits 2.5
 
         mixtura compress out/moe out/small --bits 2.0 --prune 0.02 --text corpus/
+
+        mixtura compress HuggingFaceTB/SmolLM2-135M out/small --method mixllm --bits 4.4 --text corpus/
+
+        mixtura compress HuggingFaceTB/SmolLM2-135M out/spans --method sparse-attention --span 0.5 --lengths 2k,4k,8k
     """
+    if method is CompressMethod.mixllm:
+        from mixtura.cli.compress_channels import compress_channels
+
+        if prune is not None:
+            raise ValueError("--prune goes with --method mc-moe; mixllm skips no experts")
+        compress_channels(
+            source,
+            destination,
+            text,
+            bits=4.4 if bits is None else bits,
+            options={
+                "scope": scope.value,
+                "samples": 32 if samples is None else samples,
+                "length": length,
+                "seed": seed,
+            },
+            device=device,
+            dry_run=dry_run,
+            command=_command(),
+            say=_say,
+        )
+        return
+    if method is CompressMethod.sparse_attention:
+        from mixtura.cli.compress_spans import compress_spans
+
+        if bits is not None or prune is not None:
+            raise ValueError("--bits and --prune go with other methods; sparse-attention takes --span and --lengths")
+        compress_spans(
+            source,
+            destination,
+            text,
+            span=span,
+            lengths=lengths,
+            plan=plan,
+            options={"samples": 8 if samples is None else samples, "seed": seed},
+            device=device,
+            dry_run=dry_run,
+            command=_command(),
+            say=_say,
+        )
+        return
     from mixtura.cli import work
 
+    bits = 2.5 if bits is None else bits
+    samples = 32 if samples is None else samples
     options = {"bits": bits, "prune": prune, "scope": scope.value, "samples": samples, "length": length, "seed": seed}
     work.compress(
         source, destination, method.value, text, options, device=device, dry_run=dry_run, command=_command(), say=_say

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mixtura.cli import regress_gated
+from mixtura.cli import regress_gated, regress_pretrained
 from mixtura.cli.added_columns import check_places, write_beside
 from mixtura.cli.regress_gated import GateName
 
@@ -31,6 +31,7 @@ class MethodName(StrEnum):
 
     scale_mixture = "scale-mixture"
     gated = "gated"
+    pretraining_advantage = "pretraining-advantage"
 
 
 class PriorName(StrEnum):
@@ -103,6 +104,13 @@ def regress(
         int | None, typer.Option(help="Lines that answer at an input, for --gate topk. Default: 1.")
     ] = None,
     activation: Annotated[str | None, typer.Option(help="tanh, sigmoid or another, for --gate activation.")] = None,
+    unlabeled: Annotated[
+        Path | None,
+        typer.Option(help="Table with the same columns and no target, for --method pretraining-advantage."),
+    ] = None,
+    factors: Annotated[
+        int | None, typer.Option(help="Factors of that method. Default: as many as stand out of noise.")
+    ] = None,
     prior: Annotated[PriorName, typer.Option(help="What is assumed of the scale.")] = PriorName.inverse_gamma,
     kernel: Annotated[KernelName, typer.Option(help="Activation of the wide network.")] = KernelName.relu,
     depth: Annotated[int, typer.Option(help="Hidden layers of the wide network.")] = 2,
@@ -122,9 +130,11 @@ def regress(
     Writes the table again with the prediction and its band beside it. A row whose target is known is predicted by a model that
     did not see it (cross-validation); a row whose target is empty by one that saw all others. Units do not matter.
 
-    Two methods. **scale-mixture** is one curve whose band follows the data, for few rows, compared with a plain process.
+    Three methods. **scale-mixture** is one curve whose band follows the data, for few rows, compared with a plain process.
     **gated** is several lines, each in charge where a gate says so, compared with one line; `--gate topk` cuts the inputs into
-    regions, the others blend. It names each line and adds the likeliest expert of every row.
+    regions, the others blend. It names each line and adds the likeliest expert of every row. **pretraining-advantage** is for few
+    targets and many rows without one (`--unlabeled`, or empty targets): a line in factors that all rows teach, compared with
+    ridge on the columns, and a report that says which of the two to trust here.
 
     The summary gives NLL (nats a target, lower is better), RMSE, and the share of targets inside the band, all held out.
 
@@ -137,6 +147,8 @@ def regress(
         mixtura regress cars.csv --target mpg --ignore name --gate topk --experts 2 --plot lines.png
 
         mixtura regress cars.csv --target mpg --ignore name --gate activation --activation sigmoid --experts 3
+
+        mixtura regress few.csv --target y --method pretraining-advantage --unlabeled many.csv
 
         mixtura regress yield.parquet --target tons --prior burr --kernel erf --out filled.parquet
     """
@@ -157,6 +169,10 @@ def regress(
         gate = gate or GateName.softmax
         makers = regress_gated.makers(gate, experts, active, activation, device, seed)
         ask, what = regress_gated.ask, f"{experts} lines, {gate.value} gate, and one line, {folds} folds"
+    elif method is MethodName.pretraining_advantage:
+        more = regress_pretrained.unlabelled_rows(unlabeled, job.X[job.y != job.y], job.names)
+        makers = regress_pretrained.makers(more, factors, seed)
+        ask, what = regress_pretrained.ask, f"factors of {len(more):,} rows without {target}, and ridge, {folds} folds"
     else:
         options = {"kernel": kernel.value, "depth": depth, "n_restarts": starts - 1, "device": device, "seed": seed}
         makers = _processes({method.value: prior.value, "plain process": "fixed"}, options)
@@ -181,8 +197,12 @@ def regress(
         model, known = next(iter(models.values())), job.y == job.y
         added |= {name: _digits(values) for name, values in regress_gated.added_columns(model, job.X).items()}
         shown.print(regress_gated.experts_table(model, job.X[known], job.names))
+    elif method is MethodName.pretraining_advantage:
+        shown.print(regress_pretrained.report(more, job.X, job.y, factors, folds, seed), markup=False)
     write_beside(out, job.table, added)
-    if plot is not None and method is MethodName.gated:
+    if plot is not None and method is MethodName.pretraining_advantage:
+        regress_pretrained.draw(plot, job.y, held, target, band)
+    elif plot is not None and method is MethodName.gated:
         regress_gated.draw(plot, model, job.X[known], job.y[known], job.names, target, band)
     elif plot is not None:
         from mixtura.cli.regress_picture import draw
@@ -199,6 +219,7 @@ def _method(context: typer.Context, method: MethodName | None, gate: GateName | 
     own = {
         MethodName.scale_mixture: ("prior", "kernel", "depth", "starts"),
         MethodName.gated: ("gate", "experts", "active", "activation"),
+        MethodName.pretraining_advantage: ("unlabeled", "factors"),
     }
     for other in own:
         for name in own[other] if other is not found else ():

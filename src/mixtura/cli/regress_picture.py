@@ -9,7 +9,7 @@ import numpy as np
 
 from mixtura.core.page import new_figure, save_figure
 
-__all__ = ["draw"]
+__all__ = ["against_observed", "draw"]
 
 OURS, PLAIN, OUTSIDE = "#0072B2", "#7F7F7F", "#D55E00"
 SHOWN = 1500  # error bars drawn at most
@@ -31,7 +31,7 @@ def draw(path: Path, job: Any, target: str, held: dict[str, Any], models: dict[s
         _over_x(figure.subplots(), job, target, models, band)
     else:
         figure = new_figure(6.2, 5.6)
-        _against_observed(figure.subplots(), job.y, target, next(iter(held.values())), band)
+        against_observed(figure.subplots(), job.y, target, next(iter(held.values())), band)
     save_figure(figure, path)
 
 
@@ -52,7 +52,8 @@ def _over_x(axes: Any, job: Any, target: str, models: dict[str, Any], band: floa
     _finish(axes)
 
 
-def _against_observed(axes: Any, y: np.ndarray, target: str, held: Any, band: float) -> None:
+def against_observed(axes: Any, y: np.ndarray, target: str, held: Any, band: float) -> None:
+    """Predictions of rows that were not seen, over their targets, with error bars."""
     rows = np.flatnonzero(np.isfinite(y))
     if len(rows) > SHOWN:
         rows = rows[np.linspace(0, len(rows) - 1, SHOWN).astype(int)]

@@ -31,8 +31,8 @@ def upcycle(
     """Upcycle checkpoints into ``out``."""
     from mixtura.lm import upcycle as run
 
-    _device(device)
-    _writable(out, sources)
+    check_device(device)
+    check_writable(out, sources)
     dense = cost.model_size(loading.empty_model(loading.load_config(sources[0])))
     copies = options.get("n_experts", len(sources))
     # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
@@ -57,7 +57,7 @@ def upcycle(
         "recipe": f"Upcycled with mixtura by `{method}` ({_listed(options)}).",
         "command": command,
         "figures": figures,
-        "usage": _usage(model, out),
+        "usage": usage_of(model, out),
     }
     loading.save(model, tokenizer, out, card=card)
     say(f"{out}: {type(model).__name__}, {size.total / 1e6:.1f} M parameters, {size.active / 1e6:.1f} M active a token")
@@ -82,8 +82,8 @@ def train(
     from mixtura.lm.evaluate import perplexity
     from mixtura.lm.tokens import blocks
 
-    _device(device)
-    domains = _domains(text)
+    check_device(device)
+    domains = domains_of(text)
     tokens = options["steps"] * options["batch_size"] * options["length"]
     size = cost.model_size(loading.empty_model(loading.load_config(source)))
     say(f"train {source} on {tokens:,} tokens of {', '.join(domains)}: {cost.estimate(size, trained_tokens=tokens)}")
@@ -113,7 +113,7 @@ def train(
         "data": f"{tokens:,} tokens of {', '.join(domains)}",
         "command": command,
         "figures": figures,
-        "usage": _usage(model, out),
+        "usage": usage_of(model, out),
     }
     loading.save(model.to(torch.bfloat16), tokenizer, out, card=card)
     shutil.rmtree(state, ignore_errors=True)
@@ -136,8 +136,8 @@ def compress(
     from mixtura.lm import compress as run
     from mixtura.lm.anatomy import find_moe
 
-    _device(device)
-    _writable(out, [source])
+    check_device(device)
+    check_writable(out, [source])
     config = loading.load_config(source)
     empty = loading.empty_model(config)
     if not find_moe(empty):
@@ -145,7 +145,7 @@ def compress(
             f"{source} is a dense model ({type(empty).__name__}) and {method} compresses experts; "
             f"make a mixture of it first: mixtura upcycle {source} DST"
         )
-    domains = _domains(text)
+    domains = domains_of(text)
     size = cost.model_size(empty)
     tokens = 3 * options["samples"] * options["length"]
     stored = options["bits"] + 32 / 128
@@ -166,7 +166,7 @@ def compress(
         "data": f"calibrated on {options['samples']} x {options['length']} tokens of {', '.join(domains)}",
         "command": command,
         "figures": {"parameters": size.total, "seconds": round(meter.seconds, 1)},
-        "usage": _usage(small, out),
+        "usage": usage_of(small, out),
         "source": "Mixture Compressor for Mixture-of-Experts LLMs (arXiv 2410.06270)",
     }
     # Back to the checkpoint's type, which `quick` may have left; packed weights keep theirs.
@@ -182,7 +182,7 @@ def generate(source: str, prompt: str, options: Mapping[str, Any], *, device: st
     """Continue a prompt."""
     from mixtura.lm import generate as run
 
-    _device(device)
+    check_device(device)
     if dry_run:
         size = cost.model_size(loading.empty_model(loading.load_config(source)))
         say(f"generate with {source}: {cost.estimate(size, forward_tokens=options['max_new_tokens'])}")
@@ -205,8 +205,8 @@ def inspect(
     """Write the routing report of a checkpoint."""
     from mixtura.lm import inspect as run
 
-    _device(device)
-    domains = _domains(text)
+    check_device(device)
+    domains = domains_of(text)
     size = cost.model_size(loading.empty_model(loading.load_config(source)))
     tokens = samples * length * len(domains)
     say(f"inspect {source} on {tokens:,} tokens: {cost.estimate(size, forward_tokens=tokens)}")
@@ -236,10 +236,10 @@ def compare(
     from mixtura.lm import compare as run
     from mixtura.lm.report import terminal_table
 
-    _device(device)
+    check_device(device)
     if plot is not None:
         check_picture(plot, "--plot")
-    domains = _domains(text)
+    domains = domains_of(text)
     tokens = options["samples"] * options["length"] * len(domains) + 3 * options["context"]
     sizes = [cost.model_size(loading.empty_model(loading.load_config(source))) for source in sources]
     seconds = sum(cost.estimate(size, forward_tokens=tokens).seconds for size in sizes)
@@ -281,8 +281,8 @@ def convert(
     from mixtura.lm.isoflop import BETWEEN, count, widened_config
     from mixtura.lm.isoflop import convert as run
 
-    _device(device)
-    _writable(out, [source])
+    check_device(device)
+    check_writable(out, [source])
     if plot is not None:
         check_picture(plot, "--plot")
     kind, s = options["kind"], options["sparsity"]
@@ -323,7 +323,7 @@ def convert(
         "recipe": f"Converted with mixtura by `sparse-ift`, {how}: {kept}. Costs are equal at {length} tokens.",
         "command": command,
         "figures": figures,
-        "usage": _usage(made, out),
+        "usage": usage_of(made, out),
         "source": "Sparse Iso-FLOP Transformations for Maximizing Training Efficiency (arXiv 2303.11525)",
     }
     loading.save(made, tokenizer, out, card=card)
@@ -351,9 +351,9 @@ def demo(
     from mixtura.lm.life import LifeConfig, live
     from mixtura.lm.report import life_table, stage_line, write_report
 
-    _device(device)
+    check_device(device)
     config = LifeConfig(**options)
-    domains = _domains(text)
+    domains = domains_of(text)
     source = model or str(smollm2())
     dense = cost.model_size(loading.empty_model(loading.load_config(source)))
     mixtures = cost.Size(round(dense.total * 3.4), round(dense.total * 1.9))
@@ -377,7 +377,7 @@ def demo(
     return life_table(life)
 
 
-def _domains(text: Sequence[Path] | None) -> dict[str, Corpus]:
+def domains_of(text: Sequence[Path] | None) -> dict[str, Corpus]:
     """Corpora by name: each given path is a domain of its own; without any, what every machine has."""
     if not text:
         return {name: corpus(name, characters=1_200_000) for name in DOMAINS}
@@ -400,7 +400,7 @@ def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
     return False
 
 
-def _device(device: str) -> None:
+def check_device(device: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -409,7 +409,7 @@ def _device(device: str) -> None:
         raise ValueError("--device cuda was asked for, and this machine has no CUDA device; use --device cpu")
 
 
-def _writable(out: Path, sources: Sequence[str]) -> None:
+def check_writable(out: Path, sources: Sequence[str]) -> None:
     for source in sources:
         if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
             raise ValueError(f"{out} is also the source; write to another directory")
@@ -417,7 +417,7 @@ def _writable(out: Path, sources: Sequence[str]) -> None:
         raise ValueError(f"{out} is a file; give a directory to write")
 
 
-def _usage(model: Any, out: Path) -> str:
+def usage_of(model: Any, out: Path) -> str:
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if type(model).__module__.startswith("mixtura") or getattr(model.config, "quantization_config", None):
         lines.insert(0, "import mixtura  # registers the model's classes with transformers")

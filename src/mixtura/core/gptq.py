@@ -10,7 +10,7 @@ Source: GPTQ (2210.17323), Algorithm 1; the elimination it speeds up is Optimal 
 import torch
 from torch import Tensor
 
-from mixtura.core.quantize import Quantized, check, group_parameters, round_to, values
+from mixtura.core.quantize import Quantized, check, clipped_parameters, group_parameters, round_to, values
 
 __all__ = ["NonFiniteHessian", "gptq"]
 
@@ -30,6 +30,8 @@ def gptq(
     symmetric: bool = False,
     damping: float = 0.01,
     intra_block: bool = True,
+    clip: bool = False,
+    reorder: bool = False,
 ) -> Quantized:
     """Round a matrix so that its products with the calibration inputs change least.
 
@@ -37,13 +39,16 @@ def gptq(
         weight: shape (O, I); computed in float32, or float64 if it comes so.
         hessian: X^T X up to a positive factor, shape (I, I). An input that was never active has a zero row; its weights are
             rounded to nearest, since nothing is known of their effect.
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4, 6 or 8.
         group_size: inputs a group; its grid is computed when the first of its columns is reached, from the weights as
             they are then. Columns are handled in blocks of one group.
         symmetric: grids without zero points.
         damping: added to the diagonal, as a share of its mean.
         intra_block: pass errors on inside a block too. ``False`` compensates between blocks only, which is what MC-MoE's
             released code does at 3 bits and less.
+        clip: try narrower ranges for every group and keep the one with the smallest error on the inputs.
+        reorder: round groups in descending order of their share of the diagonal, so that errors of what matters most can
+            still be made up by the rest. Columns stay in their groups and groups in their places (MixLLM 2412.14590, sec. 3).
     Raises:
         NonFiniteHessian: the Hessian holds NaN or infinity.
         ValueError: shapes, width or group size that do not fit.
@@ -54,6 +59,27 @@ def gptq(
         raise ValueError(f"hessian must have shape ({n}, {n}) for a weight of width {n}, got {tuple(hessian.shape)}")
     if not hessian.isfinite().all():
         raise NonFiniteHessian("the Hessian is not finite; some input of this layer was NaN or infinite")
+    if reorder:
+        order_G = hessian.diagonal().double().view(-1, group_size).sum(1).argsort(descending=True, stable=True)
+        columns = torch.arange(n, device=weight.device).view(-1, group_size)[order_G].flatten()
+        found = gptq(
+            weight[:, columns],
+            hessian[columns][:, columns],
+            bits,
+            group_size,
+            symmetric=symmetric,
+            damping=damping,
+            intra_block=intra_block,
+            clip=clip,
+        )
+        back_G = order_G.argsort()
+        return Quantized(
+            found.codes[:, columns.argsort()],
+            found.scale[:, back_G],
+            None if found.zero is None else found.zero[:, back_G],
+            bits,
+            group_size,
+        )
     # Transposed, so that a column of the weight is one stretch of memory.
     dtype = torch.promote_types(weight.dtype, torch.float32)
     left_IO = weight.detach().T.to(dtype, copy=True, memory_format=torch.contiguous_format)
@@ -63,7 +89,12 @@ def gptq(
     for first in range(0, n, group_size):
         last = first + group_size
         block, factor = left_IO[first:last], upper[first:last, first:last]
-        scale, zero = group_parameters(block.T.float(), bits, symmetric=symmetric)
+        if clip and bits > 1:
+            inner = hessian[first:last, first:last]
+            found_OG = clipped_parameters(block.T.float()[:, None], bits, symmetric=symmetric, hessian=inner)
+            scale, zero = found_OG[0][:, 0], None if found_OG[1] is None else found_OG[1][:, 0]
+        else:
+            scale, zero = group_parameters(block.T.float(), bits, symmetric=symmetric)
         scales.append(scale)
         zeros.append(zero)
         errors = torch.empty_like(block)

@@ -26,7 +26,8 @@ class Keeping:
     """Mixin of an estimator: what it was given and what it learned, written to a directory and read back.
 
     Kept are the constructor's parameters (``get_params``) and the attributes that end in an underscore. A value may be
-    None, a number, text, an array or tensor, a record (dataclass) of this package, or a list, tuple or dict of those.
+    None, a number, text, an array or tensor, a record (dataclass) or another such estimator of this package, or a list,
+    tuple or dict of those.
     """
 
     def save(self, path: str | Path) -> None:
@@ -36,13 +37,7 @@ class Keeping:
             TypeError: a parameter or attribute holds something else than the values named above; it is named.
         """
         arrays: dict[str, np.ndarray] = {}
-        fitted = {name: value for name, value in vars(self).items() if name.endswith("_") and not name.startswith("_")}
-        parameters = self.get_params(deep=False)  # type: ignore[attr-defined]
-        meta = {
-            "class": _path(type(self)),
-            "parameters": {name: _write(value, f"parameter/{name}", arrays) for name, value in parameters.items()},
-            "fitted": {name: _write(value, f"fitted/{name}", arrays) for name, value in fitted.items()},
-        }
+        meta = _parts(self, "", arrays)
         with atomic_directory(path) as beside:
             save_file(arrays, beside / ARRAYS)
             write_json(beside / META, meta)
@@ -64,10 +59,28 @@ class Keeping:
             )
         verify_safetensors(path)
         arrays = load_file(path / ARRAYS)
-        found = cls(**{name: _read(value, arrays) for name, value in meta["parameters"].items()})
-        for name, value in meta["fitted"].items():
-            setattr(found, name, _read(value, arrays))
+        found: Self = _build(cls, meta, arrays)
         return found
+
+
+def _parts(estimator: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Class, parameters and fitted attributes of an estimator, as JSON; its arrays stand under ``at``."""
+    fitted = {name: value for name, value in vars(estimator).items() if name.endswith("_") and not name.startswith("_")}
+    return {
+        "class": _path(type(estimator)),
+        "parameters": {
+            name: _write(value, f"{at}parameter/{name}", arrays)
+            for name, value in estimator.get_params(deep=False).items()
+        },
+        "fitted": {name: _write(value, f"{at}fitted/{name}", arrays) for name, value in fitted.items()},
+    }
+
+
+def _build(kind: Any, meta: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Any:
+    found = kind(**{name: _read(value, arrays) for name, value in meta["parameters"].items()})
+    for name, value in meta["fitted"].items():
+        setattr(found, name, _read(value, arrays))
+    return found
 
 
 def _write(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
@@ -98,13 +111,15 @@ def _write(value: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
             for i, (key, item) in enumerate(value.items())
         ]
         return {"$dict": pairs}
+    if isinstance(value, Keeping) and type(value).__module__.partition(".")[0] == PACKAGE:
+        return {"$estimator": _parts(value, f"{name}/", arrays)}
     if dataclasses.is_dataclass(value) and type(value).__module__.partition(".")[0] == PACKAGE:
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
         written = {key: _write(item, f"{name}/{key}", arrays) for key, item in fields.items()}
         return {"$record": _path(type(value)), "fields": written}
     raise TypeError(
         f"{name.replace('/', ' ', 1)} is a {type(value).__name__}, which cannot be saved without pickle; "
-        "numbers, text, arrays, records of this package and lists or dicts of them can"
+        "numbers, text, arrays, records and estimators of this package and lists or dicts of them can"
     )
 
 
@@ -127,18 +142,20 @@ def _read(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return tuple(_read(item, arrays) for item in value["$tuple"])
     if "$dict" in value:
         return {_read(key, arrays): _read(item, arrays) for key, item in value["$dict"]}
-    return _record(value["$record"])(**{key: _read(item, arrays) for key, item in value["fields"].items()})
+    if "$estimator" in value:
+        return _build(_own(value["$estimator"]["class"]), value["$estimator"], arrays)
+    return _own(value["$record"])(**{key: _read(item, arrays) for key, item in value["fields"].items()})
 
 
 def _path(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
-def _record(path: str) -> type:
-    """The dataclass at an import path of this package; anything else is refused, so that loading runs nothing foreign."""
+def _own(path: str) -> type:
+    """The dataclass or estimator at an import path of this package; all else is refused, so that loading runs nothing foreign."""
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] == PACKAGE:
         found = getattr(importlib.import_module(module), name, None)
-        if isinstance(found, type) and dataclasses.is_dataclass(found):
+        if isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, Keeping)):
             return found
     raise ValueError(f"{path!r} is no record of {PACKAGE}; the file was not written by save")

@@ -1,4 +1,5 @@
-"""Small C kernels, built on first use where the machine has a compiler: products of few rows, and ReLU layers of wide networks.
+"""Small C kernels, built on first use where the machine has a compiler: products of few rows, products of 8-bit integers, and
+ReLU layers of wide networks.
 
 PyTorch has no product that reads a bfloat16 matrix for one or a few rows at the speed of memory (0.4 of it on two cores
 of an AMD Zen 4, and 0.5 for a single float32 row), and none at all for codes of 1, 2 or 3 bits. `skinny` and `packed` are
@@ -29,14 +30,26 @@ from torch import Tensor
 from mixtura.core.cache import cache_directory
 from mixtura.core.packing import PLANES
 
-__all__ = ["packed", "packed_values", "relu_layers", "skinny", "why_not", "why_not_packed", "why_not_relu_layers"]
+__all__ = [
+    "int8_mixed",
+    "packed",
+    "packed_values",
+    "relu_layers",
+    "skinny",
+    "why_not",
+    "why_not_int8",
+    "why_not_packed",
+    "why_not_relu_layers",
+]
 
 log = logging.getLogger(__name__)
 
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c", "arccosine.c"))
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("skinny.c", "packed.c", "int8_rows.c", "arccosine.c"))
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC", "-std=gnu11", "-fno-math-errno", "-fno-trapping-math")
 _SYMBOLS = {torch.float32: "skinny_f32", torch.bfloat16: "skinny_bf16"}
+_PACKED_WIDTHS = (1, 2, 3, 4, 8)
 _MOST_GROUP = 512  # codes a group for which packed.c has room
+_INT8_STEP = 32  # codes that int8_rows.c takes at a time
 _BUILD_SECONDS = 60
 
 
@@ -88,6 +101,8 @@ def why_not_packed(x: Tensor, bits: int, groups: int, n_out: int) -> str | None:
         return f"packed runs on the CPU, got {x.device}"
     if x.dtype == torch.float64:
         return "packed sums in float32, got float64"
+    if bits not in _PACKED_WIDTHS:
+        return f"packed takes codes of {_PACKED_WIDTHS} bits, got {bits}"
     size = x.shape[1] // groups
     if size % 16 or size > _MOST_GROUP or groups * n_out % (8 // min(PLANES[bits])):
         return (
@@ -148,6 +163,62 @@ def packed_values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int, 
         ctypes.c_int64(torch.get_num_threads()),
     )
     return y_OI
+
+
+def why_not_int8(x: Tensor, group_size: int) -> str | None:
+    """Reason why `int8_mixed` cannot multiply x (M, I) with rows of codes in groups of this size, or None."""
+    if x.device.type != "cpu":
+        return f"int8_mixed runs on the CPU, got {x.device}"
+    if x.dtype == torch.float64:
+        return "int8_mixed adds groups in float32, got float64"
+    if group_size % _INT8_STEP or group_size > _MOST_GROUP:
+        return f"int8_mixed takes groups of {_INT8_STEP} a <= {_MOST_GROUP} codes, got {group_size}"
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def int8_mixed(
+    x: Tensor,
+    low: tuple[Tensor, Tensor, Tensor],
+    high: tuple[Tensor, Tensor],
+    place: Tensor,
+    group_size: int,
+    *,
+    precise: bool = False,
+) -> Tensor:
+    """x times a matrix of rows of 4 and of 8 bits, transposed; integers first, scales after.
+
+    Args:
+        x: shape (M, I), floating point. It is rounded to 8-bit integers, each group of a row by its own largest value.
+        low: codes, every group of every row packed by itself (:func:`mixtura.core.packing.pack`), uint8, (L, I / 2); scales,
+            int16 that holds the bits of float16, (L, G); zero points, uint8, (L, G).
+        high: codes, integers plus 128, uint8, (H, I); scales, (H, G).
+        place: column of each row, the low ones first, int32, (L + H,), all different.
+        group_size: I / G. `why_not_int8` must have said None.
+        precise: round what the integers miss to integers of its own, and add both products.
+    Returns:
+        Shape (M, L + H), float32.
+    """
+    library = _library()
+    assert not isinstance(library, str), library
+    assert all(t.is_contiguous() for t in (*low, *high, place))
+    x_MI = x.float().contiguous()
+    rows, n_in = x_MI.shape
+    y_MO = torch.empty(rows, len(place))
+    failed = library.int8_mixed(
+        ctypes.c_void_p(x_MI.data_ptr()),
+        *map(ctypes.c_int64, (rows, n_in // group_size, group_size, precise)),
+        ctypes.c_void_p(place.data_ptr()),
+        *(ctypes.c_void_p(t.data_ptr()) for t in low),
+        ctypes.c_int64(len(low[0])),
+        *(ctypes.c_void_p(t.data_ptr()) for t in high),
+        ctypes.c_int64(len(high[0])),
+        ctypes.c_void_p(y_MO.data_ptr()),
+        ctypes.c_int64(torch.get_num_threads()),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a product of {rows} x {n_in} with {len(place)} x {n_in} packed weights")
+    return y_MO
 
 
 def why_not_relu_layers(cross: Tensor) -> str | None:

@@ -1,8 +1,9 @@
 """Codes of a few bits in bytes, without a wasted bit.
 
 Layout of a row of n codes: planes of a width that divides 8. 1, 2, 4 and 8 bits are one plane; 3 bits are a plane of
-the two low bits followed by a plane of the high bit, n·3/8 bytes in all. Within a plane of w bits, byte b holds in its
-bits [w·f, w·(f+1)) the code number f·(n·w/8) + b, so that unpacking writes runs of neighbouring columns.
+the two low bits followed by a plane of the high bit, n·3/8 bytes in all; 6 bits are a plane of the four low bits followed
+by one of the two high bits. Within a plane of w bits, byte b holds in its bits [w·f, w·(f+1)) the code number
+f·(n·w/8) + b, so that unpacking writes runs of neighbouring columns.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["PLANES", "WIDTHS", "pack", "packed_width", "unpack"]
 
-PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+PLANES: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 6: (4, 2), 8: (8,)}
 WIDTHS = tuple(PLANES)
 
 
@@ -35,7 +36,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
     Args:
         codes: integers in [0, 2**bits), any integer type, shape (..., n).
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4, 6 or 8.
     Returns:
         Bytes, uint8, shape (..., n·bits/8).
     Raises:
@@ -64,7 +65,7 @@ def unpack(packed: Tensor, bits: int, n: int) -> Tensor:
 
     Args:
         packed: bytes, uint8, shape (..., n·bits/8).
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4, 6 or 8.
         n: codes a row.
     Returns:
         uint8, shape (..., n).

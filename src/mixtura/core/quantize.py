@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mixtura.core.packing import WIDTHS
 
-__all__ = ["Quantized", "group_parameters", "nearest", "round_to", "split"]
+__all__ = ["Quantized", "clipped_parameters", "group_parameters", "nearest", "round_to", "split"]
 
 SMALLEST = 6e-8  # smallest positive float16; a group of zeros would otherwise divide by zero
 CLIPS = tuple(1.0 - 0.02 * i for i in range(11))  # 1.00, 0.98, ..., 0.80 (MixLLM 2412.14590, sec. 3)
@@ -62,7 +62,7 @@ def nearest(
 
     Args:
         weight: shape (O, I).
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4, 6 or 8.
         group_size: inputs a group; divides I.
         symmetric: grid around zero, without zero points.
         clip: try narrower ranges (1.00 to 0.80 of each group's) and keep the one with the smallest error.
@@ -79,7 +79,7 @@ def nearest(
     if not clip or bits == 1:
         scale, zero = group_parameters(grouped, bits, symmetric=symmetric)
     else:
-        scale, zero = _clipped(grouped, bits, symmetric, hessian)
+        scale, zero = clipped_parameters(grouped, bits, symmetric=symmetric, hessian=hessian)
     codes = round_to(grouped, scale[..., None], _zero(zero), bits)
     return Quantized(codes.flatten(-2), scale, zero, bits, group_size)
 
@@ -99,7 +99,7 @@ def group_parameters(
 
     Args:
         grouped: weights, shape (..., group_size).
-        bits: 1, 2, 3, 4 or 8.
+        bits: 1, 2, 3, 4, 6 or 8.
         symmetric: no zero points.
         clip: share of the range that is kept.
     Returns:
@@ -112,6 +112,40 @@ def group_parameters(
     low, high = clip * grouped.amin(-1).clamp(max=0), clip * grouped.amax(-1).clamp(min=0)
     scale = _stored((high - low) / (2**bits - 1))
     return scale, (-low / scale).round().clamp(0, 2**bits - 1).to(torch.uint8)
+
+
+def clipped_parameters(
+    grouped: Tensor, bits: int, *, symmetric: bool = False, hessian: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of groups whose range, of 1.00, 0.98, ..., 0.80 of the whole, gives the smallest error.
+
+    Args:
+        grouped: weights, shape (O, G, group_size).
+        bits: 2, 3, 4, 6 or 8.
+        symmetric: no zero points.
+        hessian: shape (I, I), as in :func:`nearest`; without it the error is that of the weights.
+    Returns:
+        As :func:`group_parameters`, shape (O, G).
+    """
+    n_groups, size = grouped.shape[-2:]
+    blocks = None
+    if hessian is not None:
+        # The diagonal blocks H_gg, shape (G, size, size): groups are rounded apart, so only they matter.
+        blocks = hessian.float().view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    best_error = torch.full(grouped.shape[:-1], torch.inf, device=grouped.device)
+    best_scale, best_zero = group_parameters(grouped, bits, symmetric=symmetric)
+    for clip in CLIPS:
+        scale, zero = group_parameters(grouped, bits, symmetric=symmetric, clip=clip)
+        codes = round_to(grouped, scale[..., None], _zero(zero), bits)
+        off = grouped - _values(codes.float(), scale[..., None], _zero(zero), bits)
+        weighed = off if blocks is None else torch.einsum("ogi,gij->ogj", off, blocks)
+        error = (off * weighed).sum(-1)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_scale = torch.where(better, scale, best_scale)
+        if zero is not None and best_zero is not None:
+            best_zero = torch.where(better, zero, best_zero)
+    return best_scale, best_zero
 
 
 def round_to(weight: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Tensor:
@@ -149,7 +183,8 @@ def _values(codes: Tensor, scale: Tensor, zero: Tensor | None, bits: int) -> Ten
 
 
 def _grouped(rows: Tensor, group_size: int) -> Tensor:
-    return rows.reshape(*rows.shape[:-1], -1, group_size)
+    # The count of groups by hand: no rows at all leave it open.
+    return rows.reshape(*rows.shape[:-1], rows.shape[-1] // group_size, group_size)
 
 
 def _zero(zero: Tensor | None) -> Tensor | None:
@@ -158,25 +193,3 @@ def _zero(zero: Tensor | None) -> Tensor | None:
 
 def _stored(scale: Tensor) -> Tensor:
     return scale.clamp(min=SMALLEST).half().float()
-
-
-def _clipped(grouped: Tensor, bits: int, symmetric: bool, hessian: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    n_groups, size = grouped.shape[-2:]
-    blocks = None
-    if hessian is not None:
-        # The diagonal blocks H_gg, shape (G, size, size): groups are rounded apart, so only they matter.
-        blocks = hessian.float().view(n_groups, size, n_groups, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-    best_error = torch.full(grouped.shape[:-1], torch.inf, device=grouped.device)
-    best_scale, best_zero = group_parameters(grouped, bits, symmetric=symmetric)
-    for clip in CLIPS:
-        scale, zero = group_parameters(grouped, bits, symmetric=symmetric, clip=clip)
-        codes = round_to(grouped, scale[..., None], _zero(zero), bits)
-        off = grouped - _values(codes.float(), scale[..., None], _zero(zero), bits)
-        weighed = off if blocks is None else torch.einsum("ogi,gij->ogj", off, blocks)
-        error = (off * weighed).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero

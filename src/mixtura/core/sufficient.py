@@ -110,13 +110,16 @@ def statistics(
     return Statistics(r_NC.sum(0), r_NC.mT @ x_NF, second, total)
 
 
-def maximise(found: Statistics, covariance: Covariance, floor: Tensor | float = 0.0) -> Gaussians:
+def maximise(
+    found: Statistics, covariance: Covariance, floor: Tensor | float = 0.0, *, variance: float | None = None
+) -> Gaussians:
     """The mixture that explains the statistics best, with ``floor`` added to every variance.
 
     Args:
         found: statistics with every component's weight above 0.
         covariance: the kind.
         floor: variance, scalar or shape (F,), >= 0; spherical adds its mean.
+        variance: that of every component where it is known, for spherical; then only weights and means are found.
     Raises:
         ValueError: a component without weight.
         LostRank: a covariance that is not positive definite.
@@ -137,6 +140,8 @@ def maximise(found: Statistics, covariance: Covariance, floor: Tensor | float = 
         sigma = _raise_diagonal(sigma, floor_F)
     elif covariance == "diag":
         sigma = (found.second / found.weight[:, None] - means_CF.square()).clamp(min=0) + floor_F
+    elif variance is not None:
+        sigma = torch.full_like(found.weight, variance)
     else:
         sigma = found.second / found.weight - means_CF.square().sum(1)
         sigma = (sigma / n_features).clamp(min=0) + floor_F.mean()

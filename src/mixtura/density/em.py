@@ -46,6 +46,7 @@ class Samples:
         frame: coordinates to compute in.
         covariance: the kind of the components.
         floor: variance added in every maximisation, in the frame's coordinates, shape (F,).
+        variance: of every component where it is known (spherical), in the frame's coordinates.
         n, weight: number and summed weight of the samples of all processes.
         weights: of this process's samples, shape (N,), or None for one each.
         classes: of this process's samples, shape (N,): row of ``table``, or -1 where unlabelled; None without labels.
@@ -72,6 +73,7 @@ class Samples:
     dtype: torch.dtype = torch.float64
     device: str = "cpu"
     processes: Processes = ALONE
+    variance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def improve(
         if weak:
             found = _reseed(samples, gaussians, found, weak)
         try:
-            return maximise(found, samples.covariance, samples.floor), reseeded
+            return maximise(found, samples.covariance, samples.floor, variance=samples.variance), reseeded
         except LostRank as error:
             spent = n_before + reseeded >= gaussians.n_components
             # Where a floor did not hold it, or all components share it, another seed will not.

@@ -91,6 +91,13 @@ def check_parameters(estimator: Any) -> None:
     for name, known in CHOICES.items():
         if getattr(estimator, name) not in known:
             raise ValueError(f"{name} must be one of {list(known)}, got {getattr(estimator, name)!r}")
+    if estimator.variance is not None:
+        if estimator.covariance != "spherical" or estimator.precisions_init is not None:
+            raise ValueError(
+                "variance is for covariance='spherical' without precisions_init, which would contradict it"
+            )
+        if not isinstance(estimator.variance, (int, float, np.number)) or not 0 < estimator.variance < np.inf:
+            raise ValueError(f"variance must be a number > 0, got {estimator.variance!r}")
     rows = estimator.block_size
     if rows != "auto" and not (isinstance(rows, (int, np.integer)) and rows >= 1):
         raise ValueError(f"block_size must be 'auto' or a whole number >= 1, got {rows!r}")
@@ -269,6 +276,7 @@ def prepare(estimator: Any, X: Any, y: Any, sample_weight: Any, processes: Proce
         dtype=dtype,
         device=device,
         processes=processes,
+        variance=None if estimator.variance is None else float(estimator.variance / frame.scale[0] ** 2),
     )
     return Given(samples, everywhere, classes, y_all if classes is not None else None, first, source.names)
 

@@ -48,6 +48,9 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         What a component's covariance may be: any of its own, one for all, along the axes, a ball.
     tol : float, default=1e-3
         EM ends when the mean log likelihood a sample changes by less, in nats.
+    variance : float, optional
+        Of every feature in every component, where it is known: it is held, and only weights and means are learned. For
+        "spherical", in squared units of the samples; ``reg`` is not added to it.
     reg : float, default=1e-6
         Added to every variance, in units of ``reg_unit``.
     reg_unit : {"variance", "absolute"}, default="variance"
@@ -124,6 +127,7 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         *,
         covariance: str = "full",
         tol: float = 1e-3,
+        variance: float | None = None,
         reg: float = 1e-6,
         reg_unit: str = "variance",
         max_iter: int = 100,
@@ -143,6 +147,7 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         self.n_components = n_components
         self.covariance = covariance
         self.tol = tol
+        self.variance = variance
         self.reg = reg
         self.reg_unit = reg_unit
         self.max_iter = max_iter
@@ -239,6 +244,8 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
             samples = replace(given.samples, frame=summary.frame(self.covariance, given.names))
             if self.reg_unit == "absolute":
                 samples = replace(samples, floor=self.reg / samples.frame.scale.square())
+            if self.variance is not None:
+                samples = replace(samples, variance=float(self.variance / samples.frame.scale[0] ** 2))
             stream, gaussians = proceed(stream, samples, samples.frame.enter(self.gaussians_), summary)
         self.stream_ = stream
         self._set_parameters(stream.frame.leave(gaussians))
@@ -274,7 +281,8 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
 
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each component for each sample, shape (N, C), rows sum to 1."""
-        return np.concatenate([r_CB.mT.cpu().numpy() for _, _, r_CB in self._sweep(X).blocks()]).astype(np.float64)
+        # Copied block by block: the next one overwrites the responsibilities.
+        return np.concatenate([np.array(r_CB.mT.cpu(), dtype=np.float64) for _, _, r_CB in self._sweep(X).blocks()])
 
     def predict_class(self, X: Any) -> np.ndarray:
         """Most probable class of each sample after a fit with labels, shape (N,); -1 for a component without class.
@@ -322,6 +330,8 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
         check_is_fitted(self, "weights_")
         c, f = self.means_.shape
         spread = {"full": c * f * (f + 1) // 2, "tied": f * (f + 1) // 2, "diag": c * f, "spherical": c}
+        if self.variance is not None:
+            return c - 1 + c * f
         return c - 1 + c * f + spread[self.covariance]
 
     def __sklearn_tags__(self) -> Any:

@@ -29,7 +29,7 @@ from mixtura.density.gated_polish import polish
 from mixtura.density.processes import Processes, join
 from mixtura.density.voronoi import MixingMeasure
 
-__all__ = ["Fits", "RateResult", "Truth", "fit_near", "rate_experiment", "total_variation"]
+__all__ = ["Fits", "RateResult", "Truth", "fit_near", "measured_rates", "rate_experiment", "total_variation"]
 
 BOOTSTRAP = 1000
 Summary = Literal["mean", "median"]
@@ -129,6 +129,7 @@ class Fits:
 
 Fit = Callable[[Tensor, Tensor, Sequence[torch.Generator]], Fits]
 Metric = Callable[[Fits, Truth], Sequence[float]]
+Measure = Callable[[int, Sequence[int], Sequence[torch.Generator]], Mapping[str, Sequence[float]]]
 
 
 def fit_near(
@@ -347,6 +348,43 @@ def rate_experiment(
         ValueError: fewer than 3 replicates or 2 sizes, sizes that do not rise, a metric of another length, ``distributed=True``
             without a group.
     """
+
+    def measure(n: int, _: Sequence[int], generators: Sequence[torch.Generator]) -> dict[str, Sequence[float]]:
+        fits = fit(*truth.sample(n, generators), generators)
+        return {name: metric(fits, truth) for name, metric in metrics.items()}
+
+    return measured_rates(
+        measure,
+        tuple(metrics),
+        sizes,
+        replicates,
+        seed,
+        folder=folder,
+        at_once=at_once,
+        distributed=distributed,
+    )
+
+
+def measured_rates(
+    measure: Measure,
+    metrics: Sequence[str],
+    sizes: Sequence[int],
+    replicates: int,
+    seed: int = 0,
+    *,
+    folder: Path | None = None,
+    at_once: int = 64,
+    distributed: bool | Literal["auto"] = False,
+) -> RateResult:
+    """The same of whatever is measured: anything that has errors over sizes and replicates.
+
+    Args:
+        measure: a size, replicate numbers and a generator each -> for every metric one number a replicate.
+        metrics: their names.
+        sizes, replicates, seed, folder, at_once, distributed: as in `rate_experiment`.
+    Raises:
+        ValueError: as there.
+    """
     if replicates < 3:
         raise ValueError(f"replicates must be at least 3 for an interval, got {replicates}")
     if len(sizes) < 2 or list(sizes) != sorted(set(sizes)):
@@ -359,7 +397,7 @@ def rate_experiment(
             missing = [r for r in range(replicates) if r not in kept]
             for start in range(0, len(missing), at_once * crew.size):
                 part = missing[start : start + at_once * crew.size]
-                kept |= _measured(truth, fit, n, part, metrics, seed, crew)
+                kept |= _measured(measure, n, part, metrics, seed, crew)
                 if folder is not None and crew.rank == 0:
                     write_json(_place(folder, n, seed), {str(r): row for r, row in kept.items()})
                 shown.update(len(part))
@@ -369,15 +407,15 @@ def rate_experiment(
 
 
 def _measured(
-    truth: Truth, fit: Fit, n: int, part: list[int], metrics: Mapping[str, Metric], seed: int, crew: Processes
+    measure: Measure, n: int, part: list[int], metrics: Sequence[str], seed: int, crew: Processes
 ) -> dict[int, dict[str, float]]:
     """Replicates of a size, each process doing every so-manieth."""
     mine, found = part[crew.rank :: crew.size], np.empty((0, len(metrics)))
     with crew.together():
         if mine:
             generators = [torch.Generator().manual_seed((seed * 1_000_003 + n) * 10_007 + r) for r in mine]
-            fits = fit(*truth.sample(n, generators), generators)
-            columns = {name: [float(v) for v in metric(fits, truth)] for name, metric in metrics.items()}
+            told = measure(n, mine, generators)
+            columns = {name: [float(v) for v in told[name]] for name in metrics}
             for name, column in columns.items():
                 if len(column) != len(mine):
                     raise ValueError(f"metric {name!r} gave {len(column)} numbers for {len(mine)} fits")
@@ -393,7 +431,7 @@ def _place(folder: Path, n: int, seed: int) -> Path:
     return folder / f"n{n}-seed{seed}.json"
 
 
-def _finished(folder: Path | None, n: int, seed: int, metrics: Mapping[str, Metric]) -> dict[int, dict[str, float]]:
+def _finished(folder: Path | None, n: int, seed: int, metrics: Sequence[str]) -> dict[int, dict[str, float]]:
     """Replicates of a size that an earlier run kept, if it measured the same."""
     if folder is None or not _place(folder, n, seed).exists():
         return {}

@@ -277,9 +277,15 @@ def start_mixture(given: Given, estimator: Any, random_state: np.random.RandomSt
     return Gaussians.build(
         weights_C if weights_init is not None else found.weights,
         torch.from_numpy(means_CF) if means_init is not None or init == "random" else found.means,
-        sigma if precisions_init is not None else found.covariances,
+        sigma if precisions_init is not None else _start_covariances(given, found),
         covariance,
     )
+
+
+def _start_covariances(given: Given, found: Gaussians) -> Tensor:
+    """Those of the groups, or the known variance."""
+    known = given.samples.variance
+    return found.covariances if known is None else torch.full_like(found.covariances, known)
 
 
 def _given(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:

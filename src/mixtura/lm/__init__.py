@@ -50,13 +50,13 @@ def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History"
 
 
 def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:
-    """Compress a mixture of experts; see :func:`mixtura.lm.compress.api.compress`.
+    """Compress a language model; see :func:`mixtura.lm.compress.api.compress`.
 
     Args:
-        model, tokenizer: a mixture of experts and its tokenizer.
+        model, tokenizer: a language model and its tokenizer.
         texts: calibration documents, or domain -> documents.
-        method: ``"mc-moe"``.
-        options: ``bits``, ``prune`` and what the method takes.
+        method: ``"mc-moe"`` (mixtures of experts), ``"mixllm"`` or ``"sparse-attention"`` (any).
+        options: ``bits``, ``prune``, ``density``, ``lengths`` and what else the method takes.
     """
     from mixtura.lm.compress.api import compress as run
 

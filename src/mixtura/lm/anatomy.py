@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from mixtura.core.gates import Routing
 from mixtura.lm.scoring import Scoring, find_scoring, router_logits
 
-__all__ = ["MoEBlock", "find_moe", "idle_experts", "recorded_routing", "rerouted", "run_layers"]
+__all__ = ["MoEBlock", "find_moe", "idle_experts", "recorded_routing", "replaced_experts", "rerouted", "run_layers"]
 
 CALL = ("hidden_states", "top_k_index", "top_k_weights")
 GATE_NAMES = ("gate", "router")
@@ -178,9 +178,16 @@ def run_layers(model: Any, ids: Tensor) -> None:
 @contextmanager
 def idle_experts(block: MoEBlock) -> Iterator[None]:
     """Let a layer's experts answer zeros inside the block: for passes of which only what is before them matters."""
+    with replaced_experts(block, lambda *args, **kwargs: torch.zeros_like(_arguments(args, kwargs)[0])):
+        yield
+
+
+@contextmanager
+def replaced_experts(block: MoEBlock, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let a function answer in place of a layer's experts inside the block."""
     experts: Any = block.experts
     own = experts.__dict__.get("forward")  # libraries that move weights about put their own there
-    experts.forward = lambda *args, **kwargs: torch.zeros_like(_arguments(args, kwargs)[0])
+    experts.forward = forward
     try:
         yield
     finally:

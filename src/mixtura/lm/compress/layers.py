@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mixtura.core.gates import Routing
 from mixtura.lm.anatomy import MoEBlock, idle_experts, rerouted, run_layers
 
-__all__ = ["LayerInputs", "linear_inputs", "other_linears", "unstack_attention"]
+__all__ = ["LayerInputs", "gram", "linear_inputs", "other_linears", "unstack_attention"]
 
 
 class LayerInputs:
@@ -146,11 +146,16 @@ def linear_inputs(
             readers += map(sorted, together.values())
             for i, names in enumerate(readers):
                 if names[0] in seen:
-                    x = seen[names[0]].flatten(0, -2).float()
-                    gram = 2 * x.T @ x
-                    hessians[i : i + 1] = [hessians[i] + gram if i < len(hessians) else gram]
+                    found = gram(seen[names[0]].flatten(0, -2))
+                    hessians[i : i + 1] = [hessians[i] + found if i < len(hessians) else found]
             seen.clear()
     finally:
         for hook in hooks:
             hook.remove()
     return list(zip(readers, hessians, strict=True))
+
+
+def gram(x: Tensor) -> Tensor:
+    """2 X^T X of rows (T, D), float32, shape (D, D); zero for no rows."""
+    x = x.float()
+    return 2 * x.T @ x

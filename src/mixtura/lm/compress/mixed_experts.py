@@ -28,7 +28,7 @@ from mixtura.core.progress import progress
 from mixtura.core.quantize import Quantized, nearest, split
 from mixtura.lm.anatomy import MoEBlock, idle_experts
 from mixtura.lm.compress.factors import ExpertFactors, as_batches, expert_factors, mixture_blocks
-from mixtura.lm.compress.layers import LayerInputs, linear_inputs, other_linears, unstack_attention
+from mixtura.lm.compress.layers import LayerInputs, gram, linear_inputs, other_linears, unstack_attention
 from mixtura.lm.compress.packed import PackedLinear, group_size_for
 from mixtura.lm.compress.packed_experts import PackedExperts, expert_matrices
 
@@ -214,7 +214,7 @@ def _packed_experts(
     up_group = group_size_for(experts.gate_up_proj.shape[2], group_size)
     down_group = group_size_for(experts.down_proj.shape[2], group_size)
     packed = PackedExperts.like(experts, bits, up_group=up_group, down_group=down_group)
-    whole = _gram(x_TD)
+    whole = gram(x_TD)
     for expert, b in enumerate(bits):
         up, down = expert_matrices(experts, expert)
         mine_MD = x_TD[(indices_TK == expert).any(-1)]
@@ -223,14 +223,14 @@ def _packed_experts(
             packed.up.put(expert, nearest(up, b, up_group))
             packed.down.put(expert, nearest(down, b, down_group))
             continue
-        hessian = _gram(mine_MD)
+        hessian = gram(mine_MD)
         if len(mine_MD) < up.shape[1]:
             hessian = hessian + BLOCK_SHARE * whole
         packed.up.put(expert, _rounded(up, hessian, b, up_group, intra_block, name))
         # What the down projection reads comes from the rounded up projection.
-        hessian = _gram(packed.inner(expert, mine_MD))
+        hessian = gram(packed.inner(expert, mine_MD))
         if len(mine_MD) < down.shape[1]:
-            hessian = hessian + BLOCK_SHARE * _gram(packed.inner(expert, x_TD))
+            hessian = hessian + BLOCK_SHARE * gram(packed.inner(expert, x_TD))
         packed.down.put(expert, _rounded(down, hessian, b, down_group, intra_block, name))
     return packed
 
@@ -242,12 +242,6 @@ def _rounded(weight: Tensor, hessian: Tensor | None, bits: int, group: int, intr
         return gptq(weight.float(), hessian, bits, group, intra_block=intra_block)
     except NonFiniteHessian as error:
         raise NonFiniteHessian(f"{name}: {error}") from error
-
-
-def _gram(x: Tensor) -> Tensor:
-    """2 X^T X, float32; shape (D, D), zero for no rows."""
-    x = x.float()
-    return 2 * x.T @ x
 
 
 def _replace_experts(block: MoEBlock, packed: PackedExperts) -> None:

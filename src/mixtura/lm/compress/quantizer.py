@@ -109,6 +109,11 @@ class MixedExpertsQuantizer(HfQuantizer):
 
 def register() -> None:
     """Make the method known to transformers; a second call does nothing."""
+    register_method(METHOD, MixedExpertsConfig, MixedExpertsQuantizer)
+
+
+def register_method(method: str, config: type[Any], quantizer: type[Any]) -> None:
+    """Make a way to quantize known to transformers by its name; a second call does nothing."""
     from transformers.quantizers.auto import (
         AUTO_QUANTIZATION_CONFIG_MAPPING,
         AUTO_QUANTIZER_MAPPING,
@@ -116,10 +121,10 @@ def register() -> None:
         register_quantizer,
     )
 
-    if METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(METHOD)(MixedExpertsConfig)
-    if METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantizer(METHOD)(MixedExpertsQuantizer)
+    if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(method)(config)
+    if method not in AUTO_QUANTIZER_MAPPING:
+        register_quantizer(method)(quantizer)
 
 
 def describe(model: Any, *, blocks: list[str], allocation: list[list[int]], group_size: int) -> None:
@@ -139,6 +144,7 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
     from mixtura.lm.anatomy import find_moe
+    from mixtura.lm.compress.mixed_channel_linear import MixedChannelLinear
     from mixtura.lm.compress.packed import PackedLinear
     from mixtura.lm.compress.packed_experts import PackedExperts
 
@@ -151,7 +157,9 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     for name, value in model.state_dict().items():
         if name in state:
             state[name].copy_(value)
+    stacks = []
     for block, target in zip(find_moe(model), find_moe(plain), strict=True):
+        stacks.append(f"{block.experts_name}.")
         experts: Any = target.experts
         if isinstance(block.experts, PackedExperts):
             for e in range(block.n_experts):
@@ -160,6 +168,8 @@ def unpacked(model: Any, dtype: torch.dtype) -> Any:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear):
             _put_back(plain, name, module.packed.dequantize(0))
+        elif isinstance(module, MixedChannelLinear) and not name.startswith(tuple(stacks)):
+            _put_back(plain, name, module.weight())
     return plain.eval()
 
 
