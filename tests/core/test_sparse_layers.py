@@ -1,5 +1,7 @@
 """Masked layers: what they compute, whose gradient they pass, and the three shapes that are made of them."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,6 +35,25 @@ def test_a_sparse_layer_is_the_dense_one_with_its_zeros_and_its_gradient_reaches
     torch.testing.assert_close(layer.weight.grad, (2 * want).T @ x)  # dense: of the product, at every entry
     torch.testing.assert_close(layer.to_sparse_csr().to_dense(), layer.weight.detach() * mask)
     assert layer.density == 9 / 24
+
+
+def test_a_layer_spares_the_product_with_its_mask_only_until_somebody_writes_to_it():
+    layer, x = SparseLinear(6, 4), torch.randn(3, 6, generator=seeded())
+    mask = draw_mask((4, 6), 9, generator=seeded(1))
+    layer.set_mask(mask)
+    assert layer.effective() is layer.weight
+    twin = copy.deepcopy(layer)
+    for touched in (layer, twin):
+        with torch.no_grad():
+            touched.weight.add_(1.0)  # as an optimizer that knows of no mask
+        assert touched.effective() is not touched.weight
+        torch.testing.assert_close(touched(x), x @ (touched.weight * mask).T + touched.bias)
+    layer.set_mask(mask)
+    layer.mask_weight.logical_not_()
+    torch.testing.assert_close(layer(x), layer.bias.expand(3, 4))
+    with torch.inference_mode():
+        made = SparseLinear(6, 4)
+        assert made(x).shape == (3, 4)
 
 
 def test_a_sparse_convolution_is_the_dense_one_with_its_zeros():

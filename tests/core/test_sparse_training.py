@@ -309,6 +309,16 @@ def test_what_cannot_be_trained_sparsely_is_named():
     factored = MaskOptimizer(net, torch.optim.Adafactor(net.parameters()), MaskConfig(every=5), total_steps=100)
     with pytest.raises(ValueError, match=r"Adafactor keeps row_var of another shape than its parameter 0\.weight"):
         train(net, factored, 0, 1)
+
+    class Restless(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            with torch.no_grad():
+                net[0].weight.add_(0.1)
+
+    restless = MaskOptimizer(net, Restless(net.parameters(), lr=0.1), MaskConfig(every=5), total_steps=100)
+    with pytest.raises(ValueError, match=r"Restless moved weights of 0\.weight that had neither gradient nor state"):
+        train(net, restless, 0, 1)
     made = MaskOptimizer(net, sgd, MaskConfig(every=5), total_steps=100)
     state = made.state_dict()
     state["masks"]["3.weight"] = state["masks"].pop("2.weight")

@@ -1,9 +1,9 @@
 """Layers with fewer multiply-adds than entries: a mask beside every weight, and the three shapes that spend what it saves.
 
 A masked weight is a parameter ``name`` with a bool buffer ``mask_name`` beside it, True where the weight is active. The
-forward pass multiplies by the mask, so a sparse layer is sparse under any optimizer; the backward pass does **not**: the
-gradient of the product reaches every entry, as RigL's growth needs. :class:`~mixtura.core.sparse_training.MaskOptimizer`
-keeps that gradient from the optimizer.
+forward pass multiplies by the mask, so a sparse layer is sparse under any optimizer; where the weight is known to be masked
+already, since nobody wrote to it, it spares the product. The backward pass does **not** multiply: the gradient reaches every
+entry, as RigL's growth needs. :class:`~mixtura.core.sparse_training.MaskOptimizer` keeps that gradient from the optimizer.
 
 - `SparseLinear`, `SparseConv2d`: a masked layer.
 - `ParallelSparse`: the sum over branches of the layer's own shape, each with a norm or an activation of its own.
@@ -78,10 +78,17 @@ class Masked:
     Attributes:
         parameter: the weight; of three dimensions (E, O, I) for stacked experts, which are masked one by one.
         mask: its mask, bool, of the same shape; change it in place.
+        module: what holds both.
     """
 
     parameter: nn.Parameter
     mask: Tensor
+    module: nn.Module
+
+    def settle(self) -> None:
+        """Tell the module that inactive weights are zero now, which spares its forward pass a product."""
+        if isinstance(self.module, _HasMask):
+            self.module.settle()
 
     @property
     def layers(self) -> int:
@@ -114,7 +121,7 @@ def masked_parameters(model: nn.Module) -> dict[str, Masked]:
                     "untie them, or leave one out by skip"
                 )
             names[id(parameter)] = name
-            found[name] = Masked(parameter, mask)
+            found[name] = Masked(parameter, mask, module)
     return found
 
 
@@ -164,6 +171,7 @@ class _HasMask:
 
     weight: Tensor
     mask_weight: Tensor
+    _settled: tuple[int, ...] = ()
 
     @property
     def mask(self) -> Tensor:
@@ -186,6 +194,23 @@ class _HasMask:
         with torch.no_grad():
             self.mask_weight.copy_(mask)
             self.weight.mul_(self.mask_weight)
+        self.settle()
+
+    def settle(self) -> None:
+        """Remember weight and mask as they are: inactive weights are zero, until somebody writes to either."""
+        self._settled = self._state()
+
+    def effective(self) -> Tensor:
+        """The weight with zeros where it is inactive; its gradient reaches every entry."""
+        if self._settled and not torch.compiler.is_compiling() and self._settled == self._state():
+            return self.weight
+        return masked(self.weight, self.mask_weight)
+
+    def _state(self) -> tuple[int, ...]:
+        if self.weight.is_inference() or self.mask_weight.is_inference():
+            return ()  # such tensors do not count what is written to them
+        # The identities too: a copy of the layer begins its counts anew.
+        return id(self.weight), self.weight._version, id(self.mask_weight), self.mask_weight._version
 
 
 class SparseLinear(_HasMask, nn.Linear):
@@ -203,7 +228,7 @@ class SparseLinear(_HasMask, nn.Linear):
         self.register_buffer(f"{PREFIX}weight", torch.ones_like(self.weight, dtype=torch.bool))
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, masked(self.weight, self.mask_weight), self.bias)
+        return F.linear(input, self.effective(), self.bias)
 
     def to_sparse_csr(self) -> Tensor:
         """The weight (O, I) in compressed rows: what :func:`torch.sparse` multiplies without the zeros."""
@@ -218,7 +243,7 @@ class SparseConv2d(_HasMask, nn.Conv2d):
         self.register_buffer(f"{PREFIX}weight", torch.ones_like(self.weight, dtype=torch.bool))
 
     def forward(self, input: Tensor) -> Tensor:
-        found: Tensor = self._conv_forward(input, masked(self.weight, self.mask_weight), self.bias)
+        found: Tensor = self._conv_forward(input, self.effective(), self.bias)
         return found
 
 

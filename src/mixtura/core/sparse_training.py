@@ -12,7 +12,7 @@ Liu et al. 2021 (2102.02887), sec. 2.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,7 +114,7 @@ class MaskOptimizer:
         total_steps: length of the training.
     Raises:
         ValueError: no masked weight, ``every`` not below ``total_steps``, masks that do not have the pattern ``n_m``, or, at the
-            first step, an optimizer with state of another layout (it is named).
+            first step, an optimizer with state of another layout or one that moves weights without a gradient (it is named).
         TypeError: a sharded parameter (DTensor): a layer's largest weights are not to be found in one shard.
     Example:
         >>> from mixtura.core.sparse_layers import SparseLinear, draw_mask
@@ -153,9 +153,9 @@ class MaskOptimizer:
         self._ready = False
         self._share_masks()
         self._union = {name: found.mask.clone() for name, found in self.masked.items()}
-        with torch.no_grad():
-            for found in self.masked.values():
-                found.parameter.mul_(found.mask)
+        # A product with bools takes five times as long as one with floats.
+        self._factors = {name: found.mask.to(found.parameter.dtype) for name, found in self.masked.items()}
+        self._settle(self.masked)
 
     @property
     def explored(self) -> float:
@@ -181,7 +181,7 @@ class MaskOptimizer:
                 continue
             if moves and self.config.method == "rigl":
                 self._dense[name] = found.parameter.grad.clone()
-            found.parameter.grad.mul_(found.mask)
+            found.parameter.grad.mul_(self._factors[name])
         self._ready = True
 
     @torch.no_grad()
@@ -190,11 +190,10 @@ class MaskOptimizer:
         if not self._ready:
             self.mask_gradients()
         self.optimizer.step()
-        self._check_state()
-        if self._moves():
-            self._move()
-        for found in self.masked.values():
-            found.parameter.mul_(found.mask)
+        if self.steps_done == 0:
+            self._check_state()
+        # Without gradient and state an inactive weight stays at zero, so only a move has to put weights there.
+        self._settle(self._move() if self._moves() else ())
         self._dense, self._ready = {}, False
         self.steps_done += 1
 
@@ -224,6 +223,7 @@ class MaskOptimizer:
         for name, found in self.masked.items():
             found.mask.copy_(masks[name])
             self._union[name].copy_(union[name])
+        self._settle(self.masked)
 
     @property
     def union(self) -> Mapping[str, Tensor]:
@@ -234,7 +234,17 @@ class MaskOptimizer:
         due = self.steps_done > 0 and self.steps_done % self.config.every == 0
         return self.config.method != "static" and due and self.steps_done < self.config.end * self.total_steps
 
-    def _move(self) -> None:
+    def _settle(self, changed: Iterable[str]) -> None:
+        """Put inactive weights to zero where masks changed, and tell every layer that they are."""
+        with torch.no_grad():
+            for name in changed:
+                self._factors[name].copy_(self.masked[name].mask)
+                self.masked[name].parameter.mul_(self._factors[name])
+        for found in self.masked.values():
+            found.settle()
+
+    def _move(self) -> Iterable[str]:
+        """Move the masks; names of the parameters whose mask moved."""
         share = drop_share(self.steps_done, self.config.end * self.total_steps, self.config.drop)
         # A stream for each step, so that a resumed run grows what an unbroken one grew.
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.steps_done)
@@ -262,6 +272,7 @@ class MaskOptimizer:
             for value in self.optimizer.state.get(found.parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == found.mask.shape:
                     value.mul_(found.mask & ~new_ones)
+        return grown
 
     def _share_masks(self) -> None:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -272,9 +283,12 @@ class MaskOptimizer:
                 found.mask.copy_(sent)
 
     def _check_state(self) -> None:
-        if self.steps_done:
-            return
         for name, found in self.masked.items():
+            if bool((found.parameter[~found.mask] != 0).any()):
+                raise ValueError(
+                    f"{type(self.optimizer).__name__} moved weights of {name} that had neither gradient nor state, so it cannot "
+                    "keep them at zero; take one such as SGD or AdamW"
+                )
             for key, value in self.optimizer.state.get(found.parameter, {}).items():
                 plain = value is None or isinstance(value, (int, float)) or getattr(value, "numel", lambda: 0)() == 1
                 if not plain and getattr(value, "shape", None) != found.parameter.shape:
