@@ -184,7 +184,7 @@ def plot(record: Record, figure: Any) -> None:
         means = [100 * sum(seed["detail"][name][kind] for seed in seeds) / len(seeds) for kind in KINDS]
         right.barh([i + 0.4 * j - 0.2 for i in places], means, 0.38, color=color, label=label)
     right.set_yticks(list(places), [kind.removesuffix("_proj") for kind in KINDS])
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+    right.legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.36))
     right.invert_yaxis()
     right.set_xlabel("channels at 8 bits, %")
     for axes in (left, right):
