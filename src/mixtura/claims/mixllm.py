@@ -173,7 +173,7 @@ def plot(record: Record, figure: Any) -> None:
     left.margins(y=0.15)
     left.set_xticks(range(len(AVERAGES)), [f"{a} bits on average\n{low} and 8" for a, low in AVERAGES.items()])
     left.set_ylabel("perplexity above float")
-    left.legend(frameon=False, title="the larger width goes by", loc="upper right")
+    left.legend(frameon=False, title="the larger width goes by", loc="lower right", bbox_to_anchor=(1, 0.62))
     places = range(len(KINDS))
     for j, (name, label, color) in enumerate(
         (
@@ -184,7 +184,7 @@ def plot(record: Record, figure: Any) -> None:
         means = [100 * sum(seed["detail"][name][kind] for seed in seeds) / len(seeds) for kind in KINDS]
         right.barh([i + 0.4 * j - 0.2 for i in places], means, 0.38, color=color, label=label)
     right.set_yticks(list(places), [kind.removesuffix("_proj") for kind in KINDS])
-    right.legend(frameon=False, fontsize=7, loc="center right", bbox_to_anchor=(1.0, 0.36))
+    right.legend(frameon=False, fontsize=9, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     right.invert_yaxis()
     right.set_xlabel("channels at 8 bits, %")
     for axes in (left, right):
