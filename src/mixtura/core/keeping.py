@@ -59,7 +59,8 @@ class Keeping:
             )
         verify_safetensors(path)
         arrays = load_file(path / ARRAYS)
-        return _build(cls, meta, arrays)
+        found: Self = _build(cls, meta, arrays)
+        return found
 
 
 def _parts(estimator: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
