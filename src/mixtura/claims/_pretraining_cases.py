@@ -77,6 +77,9 @@ def bent_pairs(pairs: int, epochs: int, draws: int, seed: int) -> dict[str, floa
     return {f"bent_{name}": value for name, value in means.items()} | {"bent_over_best_rival": ratio}
 
 
+Predict = Callable[[np.ndarray], np.ndarray]
+
+
 @dataclass(frozen=True)
 class Cell:
     """A real task: unlabelled rows, rows to draw labels from, unseen rows with their answers, and the latent."""
@@ -142,10 +145,8 @@ def outcome(cell: Cell, draws: int, seed: int) -> dict[str, Any]:
         advice[report.recommended] += 1
     means = {way: float(np.mean(values)) for way, values in right.items()}
     regret = max(means[way] for way in WAYS) - means["report"]
-    return {f"{cell.name}_{way}": value for way, value in means.items()} | {
-        f"{cell.name}_regret": regret,
-        f"{cell.name}_advice": advice.most_common(1)[0][0],
-    }
+    figures: dict[str, Any] = {f"{cell.name}_{way}": value for way, value in means.items()}
+    return figures | {f"{cell.name}_regret": regret, f"{cell.name}_advice": advice.most_common(1)[0][0]}
 
 
 class _Net(nn.Module):
@@ -193,12 +194,13 @@ def contrast_on_images(
     """Accuracy of a logistic head on contrastive features, of the same network on the labels with the same augmentations,
     and of logistic regression on pixels; images in [0, 1], rows of pixels."""
     model = ContrastiveModel(_Net(64), views=augmented, loss="infonce", epochs=epochs, seed=seed, device=device).fit(X)
-    rng, found = np.random.default_rng([seed, 3]), {}
+    rng, found = np.random.default_rng([seed, 3]), dict[str, float]()
+    sees: dict[str, Predict] = {"contrast": model.transform, "pixels": lambda rows: rows}
     n_classes = int(y.max()) + 1
     for n in sizes:
         chosen = rng.choice(len(y), n, replace=False)
         classes, coded = np.unique(y[chosen], return_inverse=True)
-        for name, see in (("contrast", model.transform), ("pixels", lambda rows: rows)):
+        for name, see in sees.items():
             head = fit_logistic(see(X[chosen]), coded, len(classes), seed=seed)
             guess = classes[head.predict_proba(see(test[0])).argmax(1)]
             found[f"images_{n}_{name}"] = float((guess == test[1]).mean())
@@ -207,9 +209,7 @@ def contrast_on_images(
     return found
 
 
-def same_network(
-    X: np.ndarray, y: np.ndarray, n_classes: int, steps: int, seed: int, device: str
-) -> Callable[[np.ndarray], np.ndarray]:
+def same_network(X: np.ndarray, y: np.ndarray, n_classes: int, steps: int, seed: int, device: str) -> Predict:
     """The network of the contrast trained on labels alone, with the same augmentations."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -87,7 +87,8 @@ def main_metric(result: RateResult) -> str:
 
 def over_n(result: RateResult, prefix: str) -> dict[str, float]:
     """Mean excess risks at every n, and the worst ratios of the two-phase estimator to its rivals."""
-    figures, main = dict[str, float](), main_metric(result)
+    figures: dict[str, float] = {}
+    main = main_metric(result)
     means = {name: np.array(result.summary(name)) for name in (main, "m=n", "oracle", "supervised")}
     for name, short in ((main, "two_phase"), ("m=n", "m_is_n"), ("oracle", "oracle"), ("supervised", "supervised")):
         figures |= {f"{prefix}_{short}_{n}": float(v) for n, v in zip(result.sizes, means[name], strict=True)}
@@ -223,7 +224,7 @@ def plot(record: Record, figure: Any) -> None:
     sweep = together(record, "a_m")
     sizes_m, rows = over_m(b, 80)
     for sizes, means, name, colour in (
-        (sweep.sizes, sweep.summary("two-phase"), "factors, n = 20,000", COLOURS[0]),
+        (list(sweep.sizes), np.asarray(sweep.summary("two-phase")), "factors, n = 20,000", COLOURS[0]),
         (sizes_m, rows.mean(1), "mixture, n = 80", COLOURS[2]),
     ):
         axes[1, 0].plot(sizes, np.maximum(means, 3e-4), "o-", color=colour, markersize=4, label=name)
