@@ -58,13 +58,16 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 
 LIMITS = (
     "Small grey images and a small network, 5 of 10 classes known; the paper fine-tunes a pretrained vision transformer, of "
-    "which this says nothing. BIC, fitted to all rows without labels, counts 12 to 14 digits here. "
-    "Fashion-MNIST and data sets of 20 classes are not in a package, so the second data set is 1500 images of MNIST at half "
-    "resolution. One synthetic draw a seed, number of classes and start. 'lowest' puts the temper just where no known class "
-    "would be halved, and not a quarter of the way to where two would merge. The temper is one number: where two new digits "
-    "lie closer than any two known ones (3 and 9 with 0, 1, 4, 7, 8 known) it merges them, while a lower one cuts digits of "
-    "several styles. Tried on seeds 0 and 1 while building: prior freedoms, 10 components, contrast temperature 0.2, other "
-    "places of the temper."
+    "which this says nothing. BIC, fitted to all rows without labels, counts 12 to 14 digits here. Tried on seeds 0 and 1 "
+    "while building: prior freedoms, 10 components, contrast temperature 0.2, other places of the temper; seeds 2 to 4 were "
+    "first seen here. The gain over k-means is not settled: the temper is one number, and in seed 1, where 3 and 9 lie closer "
+    "than any two known digits, it merges them and loses 8 points, while a lower one cuts digits of several styles. Shedding "
+    "decided nothing here: its row equals the whole. Where a new digit joins a known one (the loop of seed 0, and seed 4 from "
+    "30 clusters) both go by the known name, and Old falls to 0.80; loop_lost_classes does not count that. Fashion-MNIST and "
+    "data of 20 classes are not in a package; the second data set is 1500 images of MNIST at half resolution, trained for 12 "
+    "epochs: 7 or 8 classes are found, and accuracy is 0.72 where k-means with the true number has 0.82. One synthetic draw a "
+    "seed, number of classes and start. 'lowest' puts the temper just where no known class would be halved, and not a quarter "
+    "of the way to where two would merge."
 )
 
 
@@ -283,10 +286,19 @@ def plot(record: Record, figure: Any) -> None:
     starts = rows[0]["detail"]["starts"]
     for start, colour in zip(starts, colours, strict=False):
         for i, row in enumerate(rows):
-            trace = row["detail"]["trace"][str(start)]
-            left.plot(trace, color=colour, alpha=0.7, lw=1.3, label=f"starts from {start}" if i == 0 else None)
+            # The first entry is the number asked for; the run that is kept may have started from three times as many.
+            trace = row["detail"]["trace"][str(start)][1:]
+            left.plot(
+                range(1, len(trace) + 1),
+                trace,
+                color=colour,
+                alpha=0.7,
+                lw=1.3,
+                label=f"{start} asked for" if i == 0 else None,
+            )
     left.axhline(TRUE_CLASSES, color="black", lw=0.8, ls="--", label="classes there are")
     left.set_xlabel("round of the run that is kept")
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.set_ylabel("number of classes")
     left.set_title("number of classes, every seed", fontsize=10)
     left.legend(frameon=False, fontsize=8)
