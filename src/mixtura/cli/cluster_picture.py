@@ -41,12 +41,15 @@ def draw(path: Path, X: np.ndarray, names: Sequence[str], model: Any, curve: Any
     save_figure(figure, path)
 
 
-def draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str]) -> None:
-    """Samples and ellipses on the two principal components; arguments as :func:`draw`'s."""
+def draw_plane(axes: Any, X: np.ndarray, model: Any, titles: Sequence[str], *, units: bool = False) -> None:
+    """Samples and ellipses on the two principal components; arguments as :func:`draw`'s.
+
+    With ``units`` the columns keep theirs: coordinates that are principal components already would else all look alike.
+    """
     from matplotlib.patches import Ellipse
 
     mean_F, spread_F = np.nanmean(X, 0), np.nanstd(X, 0)
-    spread_F = np.where(spread_F > 0, spread_F, 1.0)
+    spread_F = np.where((spread_F > 0) & (not units), spread_F, 1.0)
     z_NF = np.nan_to_num((X - mean_F) / spread_F)
     # Principal components of the standardised columns, so that units do not choose the view.
     values_F, vectors_FF = np.linalg.eigh(z_NF.T @ z_NF / len(z_NF))

@@ -58,7 +58,7 @@ def discover(
         list[str] | None, typer.Option(help="Column to leave out, such as a name; repeat for more.")
     ] = None,
     start: Annotated[
-        str, typer.Option(help="New classes to start from, or auto. The number found does not follow.")
+        str, typer.Option(help="New classes to start from, or auto; what is found hardly depends on it.")
     ] = "auto",
     most: Annotated[int | None, typer.Option("--max", help="Most new classes.", show_default=False)] = None,
     pca: Annotated[int, typer.Option(help="Principal components to look in; 0 keeps all columns.")] = 16,

@@ -33,9 +33,8 @@ def draw(path: Path, Z: np.ndarray, model: Any, component: np.ndarray, titles: S
         plane.set_yticks(range(len(titles)), list(titles))
         plane.set_xlabel("the one column")
     else:
-        draw_plane(
-            plane, Z, SimpleNamespace(labels_=component, means_=model.means_, gaussians_=model.gaussians_), titles
-        )
+        shown = SimpleNamespace(labels_=component, means_=model.means_, gaussians_=model.gaussians_)
+        draw_plane(plane, Z, shown, titles, units=True)
     plane.set_title(f"{len(titles)} classes, {model.n_novel_} of them new", fontsize=10)
     _draw_trace(trace, model)
     save_figure(figure, path)
