@@ -100,25 +100,27 @@ def test_a_trained_model_stays_sparse_and_loads_to_the_same_bits(family: str, me
     fit(loaded, lambda step: language_loss(loaded, ids), TrainConfig(steps=1))
 
 
-@pytest.mark.parametrize("member", MEMBERS)
-def test_a_directory_gives_the_same_tokens_in_a_new_process(member: str, tmp_path: Path, tiny_dense: Path):
+def test_every_directory_gives_the_same_tokens_in_a_new_process(tmp_path: Path, tiny_dense: Path):
     from mixtura.lm import loading
 
     model, tokenizer = loading.load(tiny_dense)
-    made = convert(model, IsoFlop(member, 0.5, between=BETWEEN), length=LENGTH)
-    loading.save(made, tokenizer, tmp_path / "out", card={"title": "x", "base": ["b"], "recipe": "r", "command": "c"})
     ids = tokenizer("12 + 3", return_tensors="pt").input_ids
-    want = made.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    want = []
+    for member in MEMBERS:
+        made = convert(model, IsoFlop(member, 0.5, between=BETWEEN), length=LENGTH)
+        loading.save(made, tokenizer, tmp_path / member, card={"title": "x", "base": [], "recipe": "", "command": ""})
+        want.append(str(made.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()))
     code = (
         "import sys, mixtura\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
-        "m, t = (c.from_pretrained(sys.argv[1]) for c in (AutoModelForCausalLM, AutoTokenizer))\n"
-        "print(m.generate(t('12 + 3', return_tensors='pt').input_ids, max_new_tokens=8, do_sample=False)[0].tolist())"
+        "for path in sys.argv[1:]:\n"
+        "    m, t = (c.from_pretrained(path) for c in (AutoModelForCausalLM, AutoTokenizer))\n"
+        "    ids = t('12 + 3', return_tensors='pt').input_ids\n"
+        "    print(m.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "out")], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", code, *(str(tmp_path / member) for member in MEMBERS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().splitlines()[-1] == str(want)
+    assert done.stdout.strip().splitlines()[-len(MEMBERS) :] == want
 
 
 def test_a_wide_checkpoint_loads_without_mixtura_as_a_dense_model_with_zeros(tmp_path: Path):

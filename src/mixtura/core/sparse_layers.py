@@ -231,8 +231,12 @@ class SparseLinear(_HasMask, nn.Linear):
         return F.linear(input, self.effective(), self.bias)
 
     def to_sparse_csr(self) -> Tensor:
-        """The weight (O, I) in compressed rows: what :func:`torch.sparse` multiplies without the zeros."""
-        return (self.weight.detach() * self.mask_weight).to_sparse_csr()
+        """The weight (O, I) in compressed rows, with 32-bit indices, which the engine behind :mod:`torch.sparse` takes as they
+        are (it copies longer ones at every product). One row x is quickest as a vector: ``layer.to_sparse_csr() @ x``."""
+        rows = (self.weight.detach() * self.mask_weight).to_sparse_csr()
+        return torch.sparse_csr_tensor(
+            rows.crow_indices().int(), rows.col_indices().int(), rows.values(), rows.shape, check_invariants=False
+        )
 
 
 class SparseConv2d(_HasMask, nn.Conv2d):
