@@ -328,13 +328,12 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "Perceptron and residual network see images of 14 x 14 (28 x 28 pooled), the residual network a third of them for "
-        "five epochs, to stay within minutes of one core. The paper's gains are from networks a thousand times as large, "
-        "trained for hundreds of epochs. RigL is not settled against one random mask (a tenth of a point, below it in one "
-        "seed of three), SET did better than RigL here, and the doped form did worse than dense: most of the gain is from "
-        "width and sparsity, not from where RigL grows. A wide language model's embeddings hold more and take no "
-        "multiply-adds, and a model of width 64 is starved of width, so its gain is larger than the paper's. A masked "
-        "network saves no time here: what is equal is counted. With four heads s = 0.5 widens to six, 1.5 and not 1.41 "
-        "times; its density follows."
+        "Perceptron and residual network see images of 14 x 14 (28 x 28 pooled), the residual network a third of them for five "
+        "epochs, to stay within minutes of one core. The paper's gains are from networks a thousand times as large, trained for "
+        "hundreds of epochs. RigL is not settled against one random mask (a tenth of a point, below it in one seed of three), "
+        "SET did better than RigL here, and the doped form did worse than dense: most of the gain is from width and sparsity, "
+        "not from where RigL grows. A wide language model's embeddings hold more and take no multiply-adds, and a model of "
+        "width 64 is starved of width, so its gain is larger than the paper's. A masked network saves no time here: what is "
+        "equal is counted. With four heads s = 0.5 widens to six, 1.5 and not 1.41 times; its density follows."
     ),
 )

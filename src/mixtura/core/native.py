@@ -193,7 +193,7 @@ def int8_mixed(
         low: codes, every group of every row packed by itself (:func:`mixtura.core.packing.pack`), uint8, (L, I / 2); scales,
             int16 that holds the bits of float16, (L, G); zero points, uint8, (L, G).
         high: codes, integers plus 128, uint8, (H, I); scales, (H, G).
-        place: column of each row, the low ones first, int32, (L + H,), all different.
+        place: column of each row, the low ones first, int32, (L + H,), all different. All of these contiguous.
         group_size: I / G. `why_not_int8` must have said None.
         precise: round what the integers miss to integers of its own, and add both products.
     Returns:
@@ -201,20 +201,23 @@ def int8_mixed(
     """
     library = _library()
     assert not isinstance(library, str), library
-    assert all(t.is_contiguous() for t in (*low, *high, place))
     x_MI = x.float().contiguous()
     rows, n_in = x_MI.shape
     y_MO = torch.empty(rows, len(place))
+    # Plain numbers, whose types are declared: wrapping each took as long as a small product.
     failed = library.int8_mixed(
-        ctypes.c_void_p(x_MI.data_ptr()),
-        *map(ctypes.c_int64, (rows, n_in // group_size, group_size, precise)),
-        ctypes.c_void_p(place.data_ptr()),
-        *(ctypes.c_void_p(t.data_ptr()) for t in low),
-        ctypes.c_int64(len(low[0])),
-        *(ctypes.c_void_p(t.data_ptr()) for t in high),
-        ctypes.c_int64(len(high[0])),
-        ctypes.c_void_p(y_MO.data_ptr()),
-        ctypes.c_int64(torch.get_num_threads()),
+        x_MI.data_ptr(),
+        rows,
+        n_in // group_size,
+        group_size,
+        precise,
+        place.data_ptr(),
+        *(t.data_ptr() for t in low),
+        len(low[0]),
+        *(t.data_ptr() for t in high),
+        len(high[0]),
+        y_MO.data_ptr(),
+        torch.get_num_threads(),
     )
     if failed:
         raise MemoryError(f"no memory for a product of {rows} x {n_in} with {len(place)} x {n_in} packed weights")
@@ -275,6 +278,8 @@ def _library() -> ctypes.CDLL | str:
         return f"building or loading failed: {error}"
     for symbol in (*_SYMBOLS.values(), "relu_layers", "packed_values"):
         getattr(library, symbol).restype = None
+    p, n = ctypes.c_void_p, ctypes.c_int64
+    library.int8_mixed.argtypes = [p, n, n, n, n, p, p, p, p, n, p, p, n, p, n]
     return library
 
 

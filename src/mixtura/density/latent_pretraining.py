@@ -126,6 +126,7 @@ class PretrainedRegressor(RegressorMixin, _TwoPhase):
 
     Examples
     --------
+    >>> from mixtura.density import FactorModel
     >>> rng = np.random.default_rng(0)
     >>> B, z = rng.normal(size=(30, 2)), rng.normal(size=(2000, 2))
     >>> X, y = z @ B.T + rng.normal(size=(2000, 30)), z @ [1.0, -1.0]

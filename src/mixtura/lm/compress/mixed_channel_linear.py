@@ -158,8 +158,14 @@ class MixedChannelLinear(nn.Module):
         if self._use_int8(x):
             low, high = self.low, self.high
             assert low.zero is not None
-            parts = (low.codes, low.scale, low.zero), (high.codes, high.scale)
-            return native.int8_mixed(x, *parts, self.order, low.group_size, precise=self.act_bits is None)
+            return native.int8_mixed(
+                x,
+                (low.codes, low.scale, low.zero),
+                (high.codes, high.scale),
+                self.order,
+                low.group_size,
+                precise=self.act_bits is None,
+            )
         seen = x if self.act_bits == 8 else digits(x, self.low.group_size)
         y_MO = torch.empty(len(seen), self.out_features, device=x.device)
         places = self.order.split([len(self.low.codes), len(self.high.codes)])
