@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -159,15 +160,15 @@ def garments_task(size: Size, seed: int) -> Task:
 
 
 CANDIDATES: dict[str, dict[str, Make]] = {
-    "oe": {f"beta {b:g}": lambda k, b=b: OutlierExposure(k, b) for b in BETAS},
+    "oe": {f"beta {b:g}": partial(OutlierExposure, beta=b) for b in BETAS},
     "energy": {
-        f"beta {b:g}, margins {low:g} {high:g}": lambda k, b=b, low=low, high=high: EnergyExposure(k, b, low, high)
+        f"beta {b:g}, margins {low:g} {high:g}": partial(EnergyExposure, beta=b, m_in=low, m_out=high)
         for b in (0.1, 1.0)
         for low, high in MARGINS
     },
-    "mixup": {f"beta {b:g}": lambda k, b=b: MixtureOutlierExposure(k, "mixup", ALPHAS["mixup"], b) for b in BETAS},
-    "cutmix": {f"beta {b:g}": lambda k, b=b: MixtureOutlierExposure(k, "cutmix", ALPHAS["cutmix"], b) for b in BETAS},
 }
+for _op, _alpha in ALPHAS.items():
+    CANDIDATES[_op] = {f"beta {b:g}": partial(MixtureOutlierExposure, mix=_op, alpha=_alpha, beta=b) for b in BETAS}
 
 
 def base_model(task: Task, size: Size, seed: int) -> nn.Module:

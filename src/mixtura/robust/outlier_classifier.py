@@ -10,7 +10,6 @@ Source: Zhang et al. 2021 (2106.03917), sec. 4; see :mod:`mixtura.robust.outlier
 import copy
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +37,11 @@ from mixtura.robust.outlier_networks import dense_network, image_network
 __all__ = ["OBJECTIVES", "OutlierExposedClassifier", "SharedRowsWarning"]
 
 OBJECTIVES = ("mixoe", "oe", "oe-m", "energy", "plain")
-BUILT_IN = {"lr": 0.03, "base_epochs": 30}
-GIVEN = {"lr": 1e-3, "base_epochs": 0}  # a module of one's own is taken as trained; the paper's rate
-BASE_RATE = 0.1
+# Clipped: without it the first steps of the convolutions, which come untrained, can lose every class for good.
+BUILT_IN = {"lr": 0.03, "base_epochs": 30, "clip": 1.0}
+GIVEN = {"lr": 1e-3, "base_epochs": 0, "clip": 0.0}  # a module of one's own is taken as trained; the paper's rate
+BASE_RATE = 0.05
 CHECKPOINT_EVERY = 200  # steps
-ENERGY_CLIP = 10.0  # squared margins that are far away make the first steps diverge
 LEAST_TO_VALIDATE = 40  # rows below which none is set aside
 
 
@@ -74,6 +73,7 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
         classes_: names of the K classes.
         threshold_: score above or at which a row counts as known; keeps ``level`` of the rows set aside.
         validation_accuracy_: share of the rows set aside that are classified right.
+        held_out_: numbers of the rows set aside, or of all where there are few.
         losses_: of fine-tuning, one a step.
         n_outliers_: how many outliers were given.
         mean_, scale_: of the columns of a table; None for images.
@@ -129,7 +129,13 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
         self.shift = shift
 
     def fit(
-        self, X: ArrayLike, y: ArrayLike, outliers: ArrayLike | None = None, *, state: str | Path | None = None
+        self,
+        X: ArrayLike,
+        y: ArrayLike,
+        outliers: ArrayLike | None = None,
+        *,
+        outlier_rows: NDArray[np.int64] | None = None,
+        state: str | Path | None = None,
     ) -> "OutlierExposedClassifier":
         """Train on known rows, then fine-tune with outliers.
 
@@ -138,13 +144,15 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
             y: classes, shape (N,), at least two different ones.
             outliers: rows like those of X, of none of the classes and of nothing related to them; without any the fine-tuning
                 sees known rows alone. Fewer than X are cycled, and no row of X is dropped.
+            outlier_rows: numbers of the outliers to use, all where None; so that those of an array on disk can be chosen
+                without reading it.
             state: directory in which an interrupted training is kept, and from which the same call goes on.
         Raises:
             ValueError: one class only, shapes that differ, NaN, an empty outlier set, or a setting out of range.
         Warns:
             SharedRowsWarning: outliers that equal known rows, with their number.
         """
-        self._check_parameters()
+        self.check_parameters()
         if _are_images(X):
             array, labels = self._images(X, reset=True), column_or_1d(y, warn=True)  # type: ignore[arg-type]
             if len(labels) != len(array):
@@ -161,14 +169,17 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
                 "with one there is nothing to be unsure about"
             )
         others = None if outliers is None else self._outliers(array, outliers)
-        self.n_outliers_ = 0 if others is None else len(others)
-        self.mean_, self.scale_ = _standard(array) if array.ndim == 2 else (None, None)
+        self.n_outliers_ = 0 if others is None else len(others if outlier_rows is None else outlier_rows)
+        self.mean_: NDArray[np.float32] | None = None
+        self.scale_: NDArray[np.float32] | None = None
+        if array.ndim == 2:
+            self.mean_, self.scale_ = _standard(array)
         train, held = self._split(codes)
         model = self._network(len(self.classes_)).to(self.device or "cpu")
         ready = BUILT_IN if self.module is None else GIVEN
         states = (None, None) if state is None else (Path(state) / "base", Path(state) / "tuned")
         rows = self._rows(array, train)
-        common = {"batch_size": self.batch_size, "seed": self.seed}
+        common: dict[str, Any] = {"batch_size": self.batch_size, "clip": ready["clip"], "seed": self.seed}
         plain = Plain(len(self.classes_))
         # Once fine-tuning has begun, its checkpoint holds the weights and training again would be for nothing.
         if states[1] is None or not (states[1] / "training.json").exists():
@@ -177,14 +188,13 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
             self._run(model, plain, rows, codes[train], None, config, states[0], "training")
         config = ExposureConfig(epochs=self.epochs, lr=ready["lr"] if self.lr is None else self.lr, **common)
         objective = plain if others is None else self._objective(len(self.classes_))
-        if isinstance(objective, EnergyExposure):
-            config = replace(config, clip=ENERGY_CLIP)
-        given = None if others is None else self._rows(others)
+        given = None if others is None else self._rows(others, outlier_rows)
         self.losses_ = self._run(model, objective, rows, codes[train], given, config, states[1], "fine-tuning")
         self._model = model.eval()
         self.weights_ = None
         if self.module is None:
             self.weights_ = {name: value.cpu().numpy() for name, value in model.state_dict().items()}
+        self.held_out_ = held
         logits = logits_of(model, self._rows(array, held))
         self.validation_accuracy_ = float((logits.argmax(1).numpy() == codes[held]).mean())
         self.threshold_ = keep_threshold(score(logits, self.confidence).numpy(), self.level)  # type: ignore[arg-type]
@@ -228,7 +238,8 @@ class OutlierExposedClassifier(Keeping, ClassifierMixin, BaseEstimator):
         history = expose(model, objective, rows, codes, outliers, config, augment=moves, label=label, **kept)
         return np.array(history.losses)
 
-    def _check_parameters(self) -> None:
+    def check_parameters(self) -> None:
+        """Refuse a setting that is out of range, before any work is done for it."""
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {list(OBJECTIVES)}, got {self.objective!r}")
         if self.confidence not in SCORES:
