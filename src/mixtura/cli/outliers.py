@@ -178,7 +178,7 @@ def score(
             f"known against outliers: AUROC {m.auroc:.3f}; at 95 % of known images kept, {m.tnr:.1%} of outliers are rejected"
         )
     if found.n_bad:
-        say(f"{found.n_bad} files could not be used; the table says why")
+        say(f"{found.n_bad} {'file' if found.n_bad == 1 else 'files'} could not be used; the table says why")
     say(f"{out} and {found.picture} are written")
 
 

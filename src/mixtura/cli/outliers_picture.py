@@ -18,27 +18,33 @@ COLUMNS = 8
 
 
 def draw_fit(
-    path: Path, known: NDArray[np.float64], others: NDArray[np.float64], threshold: float, losses: NDArray[np.float64]
+    path: Path,
+    known: NDArray[np.float64],
+    others: NDArray[np.float64],
+    threshold: float,
+    shares: Sequence[float],
+    confidence: Sequence[float],
+    n_classes: int,
 ) -> None:
-    """Write the picture of a training: scores of what was set aside, and the loss.
+    """Write the picture of a training: scores of what was set aside, and how confidence falls on the way to the outliers.
 
     Args:
         path: .png, .svg or .pdf.
         known, others: scores of known images and of outliers set aside; there may be no outliers.
         threshold: below it an image is rejected.
-        losses: of fine-tuning, one a step.
+        shares, confidence: shares of known image in mixtures, and the mean confidence there.
+        n_classes: K.
     """
     figure = new_figure(10.0, 3.8)
     left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
     _draw_scores(left, {"known images set aside": known, "outliers set aside": others}, threshold)
-    right.plot(losses, color="#9a9aa0", lw=0.7)
-    width = max(1, len(losses) // 40)
-    if len(losses) >= 2 * width:
-        smooth = np.convolve(losses, np.ones(width) / width, "valid")
-        right.plot(np.arange(len(smooth)) + width / 2, smooth, color="black", lw=1.4)
-    right.set_xlabel("step of fine-tuning")
-    right.set_ylabel("loss, nats")
-    right.set_title("known images and mixtures", fontsize=10)
+    right.plot(shares, confidence, color=COLOURS[0], lw=2, marker="o", ms=3, label="mean confidence")
+    right.plot(
+        [0, 1], [1 / n_classes, 1], color="black", lw=1, ls="--", label="the known share, and the rest spread evenly"
+    )
+    right.set_xlabel("share of the known image in a mixture with an outlier")
+    right.set_ylim(0, 1.02)
+    right.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1))
     right.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
@@ -98,7 +104,7 @@ def _draw_scores(axes: Any, scores: Mapping[str, Any], threshold: float) -> None
     )
     axes.set_xlabel("score: how much an image looks like the known classes")
     axes.set_ylabel("share of images")
-    axes.legend(frameon=False, fontsize=8, loc="upper center")
+    axes.legend(frameon=False, fontsize=8, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     axes.spines[["top", "right"]].set_visible(False)
 
 

@@ -33,6 +33,8 @@ ASIDE, LEAST_OUTLIERS = 10, 20  # every tenth outlier is set aside, where there 
 SHOWN = 24  # images in the picture of those that look least known
 SMALLEST_SIDE, SMALLEST_CLASS = 8, 2
 SHIFT = 0.1
+PAIRS = 256  # mixtures at each share of the picture
+SHARES = tuple(i / 10 for i in range(11))
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,11 @@ def fit(
     with atomic_directory(out) as beside:
         model.save(beside / MODEL)
         write_json(beside / KEPT, {"classes": list(known.classes), "side": side, "channels": channels})
-        draw_fit(beside / PICTURE if plot is None else plot, scores, away, model.threshold_, model.losses_)
+        curve = _confidence(
+            model, images[held[:PAIRS]], shown[np.resize(aside if len(aside) else kept, min(PAIRS, len(held)))]
+        )
+        target = beside / PICTURE if plot is None else plot
+        draw_fit(target, scores, away, model.threshold_, SHARES, curve, len(known.classes))
     shutil.rmtree(state, ignore_errors=True)
     right = found == labels[held]
     table = [
@@ -212,8 +218,8 @@ def score(
     with atomic_file(out) as beside, beside.open("w", newline="", encoding="utf-8") as handle:
         table = csv.writer(handle)
         table.writerow(["file", "class", "probability", "score", "known", "problem"])
-        for place in places:
-            _score_folder(place, judge, settings, tally, table, told)
+        for i, place in enumerate(places):
+            _score_folder(place, judge, settings, tally, table, told, show=i == 0)
         if not tally.scores:
             raise ValueError(f"none of the images could be read, so {out} is not written")
     draw_scores(picture, tally.by_set, limit, tally.least())
@@ -237,10 +243,14 @@ class _Tally:
         self._heap: list[tuple[float, int, Path, str, NDArray[np.uint8]]] = []
         self._count = 0
 
-    def add(self, place: str, folder: str, path: Path, name: str, value: float, image: NDArray[np.uint8]) -> None:
+    def add(self, place: str, folder: str, value: float, name: str) -> None:
+        """Count an image."""
         self.by_set.setdefault(place, []).append(value)
         self.scores.setdefault(folder, []).append(value)
         self.called.setdefault(folder, Counter())[name] += 1
+
+    def show(self, path: Path, name: str, value: float, image: NDArray[np.uint8]) -> None:
+        """Keep an image if it is among those that look least known."""
         self._count += 1
         item = (-value, self._count, path, name, image.copy())
         if len(self._heap) < SHOWN:
@@ -271,6 +281,8 @@ def _score_folder(
     tally: _Tally,
     table: Any,
     told: Callable[[Problem], None],
+    *,
+    show: bool,
 ) -> None:
     def noted(problem: Problem) -> None:
         told(problem)
@@ -287,10 +299,19 @@ def _score_folder(
                 path, best = place.files[row], int(p.argmax())
                 inside = place.classes[place.labels[row]] if place.classes else ""
                 name = classes[best]
-                tally.add(str(place.root), str(place.root / inside), path, name, float(value), image)
+                tally.add(str(place.root), str(place.root / inside), float(value), name)
+                if show:
+                    tally.show(path, name, float(value), image)
                 known = "yes" if value >= tally.limit else "no"
                 table.writerow([path, name, f"{p[best]:.6f}", f"{value:.6g}", known, ""])
             shown.update(int(batch.rows[-1]) + 1 - shown.n)
+
+
+def _confidence(model: OutlierExposedClassifier, known: NDArray[np.uint8], others: NDArray[np.uint8]) -> list[float]:
+    """Mean of the largest probability at each share of known image, on images that were not trained on."""
+    first, second = np.asarray(known, np.float32) / 255, np.asarray(others, np.float32) / 255
+    mixtures = (lam * first + (1 - lam) * second for lam in map(np.float32, SHARES))
+    return [float(model.predict_proba(mixture).max(1).mean()) for mixture in mixtures]
 
 
 def _settings(model: Path) -> dict[str, Any]:
