@@ -3,7 +3,7 @@
 A step of MixOE (drawn, mixed, two passes, backward) against the bare passes over as many images, and against outlier exposure
 over as many images (B + B) and as usual (B + 2B). Outlier exposure is first shown to equal pytorch-ood's. Metrics are shown to
 equal scikit-learn's. Bars: 1.05 of the bare passes, 1.1 of outlier exposure over as many images; memory of a folder ten times
-as large within 1.1. CPU time, one thread.
+as large within 1.1. CPU time, one thread. The peer: pip install --no-deps pytorch-ood
 
     python benchmarks/outlier_exposure.py           # writes docs/benchmarks/outlier_exposure.json
     python benchmarks/outlier_exposure.py --short   # two rounds, to try it; writes nothing

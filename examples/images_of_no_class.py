@@ -1,4 +1,4 @@
-"""A classifier of seven digits that is unsure of the other three, which it has never seen: letters are its outliers."""
+"""Seven digits are known; letters are outliers to learn from; does that help with the other digits, and with photographs?"""
 
 import numpy as np
 
