@@ -51,12 +51,12 @@ def side_by_side(n: int) -> list[dict[str, Any]]:
         found["discovery"], counts["discovery"] = model.labels_, model.n_classes_
 
     def bic() -> None:
-        fits = [GaussianMixture(k, random_state=0).fit(X) for k in BIC_TRIED]
+        fits = [GaussianMixture(n_components=k, random_state=0).fit(X) for k in BIC_TRIED]
         best = min(fits, key=lambda model: model.bic(X))
         found["BIC"], counts["BIC"] = best.predict(X), best.n_components
 
     def bayesian() -> None:
-        labels = BayesianGaussianMixture(MOST, random_state=0).fit_predict(X)
+        labels = BayesianGaussianMixture(n_components=MOST, random_state=0).fit_predict(X)
         found["Bayesian"], counts["Bayesian"] = labels, len(np.unique(labels))
 
     times = median(alternate({"discovery": discover, "BIC": bic, "Bayesian": bayesian}, 1, 0, time.process_time))
