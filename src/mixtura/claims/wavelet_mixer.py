@@ -117,7 +117,9 @@ def _equal_time(
         ratio = seconds[name] / seconds["dwt"]
         epochs = max(1, round(size.long / ratio))
         lr = found["detail"][f"lr_{name}"]
-        reached = _accuracy(makers[name], parts["train"], parts["test"], seed, epochs, lr, device, f"{name}, {epochs} epochs")
+        reached = _accuracy(
+            makers[name], parts["train"], parts["test"], seed, epochs, lr, device, f"{name}, {epochs} epochs"
+        )
         out |= {
             f"step_time_{name}": ratio,
             f"epochs_equal_time_{name}": epochs,
@@ -140,7 +142,7 @@ def costs(channels: int, side: int, seed: int) -> dict[str, float]:
         return lambda: block(x).mean().backward()
 
     seconds = _times({name: step(block) for name, block in blocks.items()}, rounds=7)
-    both = {
+    both: dict[str, dict[str, Any]] = {
         "multiply_adds": {name: count_flops(block, x[:1]).total for name, block in blocks.items()},
         "parameters": {name: sum(p.numel() for p in block.parameters()) for name, block in blocks.items()},
         "bytes": {name: saved_bytes(block, x) for name, block in blocks.items()},
@@ -263,7 +265,12 @@ def _images(scale: Scale, size: Size, seed: int) -> dict[str, tuple[Tensor, Tens
     a, b, c = size.train, size.train + size.tuning, size.train + 2 * size.tuning
     if scale == "gpu":  # the tuning images are taken from the end of the training set
         a, b, c = len(x) - 2 * size.tuning, len(x) - size.tuning, len(x)
-    return {"train": (x[:a], y[:a]), "tune": (x[a:b], y[a:b]), "choose": (x[b:c], y[b:c]), "test": (test_x, small[1][1])}
+    return {
+        "train": (x[:a], y[:a]),
+        "tune": (x[a:b], y[a:b]),
+        "choose": (x[b:c], y[b:c]),
+        "test": (test_x, small[1][1]),
+    }
 
 
 def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -300,7 +307,9 @@ def plot(record: Record, figure: Any) -> None:
     for row, value in enumerate(values):
         right.text(value + 0.02, row, f"{value:.2f}", va="center", fontsize=8)
     right.axvline(1, color="#4a5568", linestyle=":", linewidth=1)
-    right.set_yticks(range(4), ["multiply-adds", "parameters", "bytes kept\nfor backward", "time, forward\nand backward"])
+    right.set_yticks(
+        range(4), ["multiply-adds", "parameters", "bytes kept\nfor backward", "time, forward\nand backward"]
+    )
     right.invert_yaxis()
     right.set_xlim(0, 1.35)
     right.set_xlabel("wavelet block over residual block")
@@ -338,6 +347,7 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "Images of 16 x 16 and networks of 10,000 parameters trained for minutes, where the paper trains up to 63 million for days."
+        "Images of 16 x 16 and networks of 10,000 parameters trained for minutes, where the paper trains up to 63 million for "
+        "days."
     ),
 )

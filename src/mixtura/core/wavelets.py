@@ -99,7 +99,9 @@ def wavelet2d(x: Tensor, wavelet: str = "db2", levels: int = 1, mode: str = "per
     found = []
     for _ in range(levels):
         if mode == "periodization" and (x.shape[-2] % 2 or x.shape[-1] % 2):
-            raise ValueError(f"mode 'periodization' halves even sides only, got {tuple(x.shape[-2:])}; pad, or use 'zero'")
+            raise ValueError(
+                f"mode 'periodization' halves even sides only, got {tuple(x.shape[-2:])}; pad, or use 'zero'"
+            )
         rows = _analyse(x, low, high, -2, mode)
         bands = [part for row in rows for part in _analyse(row, low, high, -1, mode)]
         found.append(torch.stack((bands[0], bands[2], bands[1], bands[3]), -3))
@@ -151,7 +153,9 @@ def _filters(wavelet: str) -> tuple[Tensor, Tensor]:
     try:
         import pywt
     except ImportError as error:
-        raise ImportError("wavelets take their filters from PyWavelets; install it with: pip install PyWavelets") from error
+        raise ImportError(
+            "wavelets take their filters from PyWavelets; install it with: pip install PyWavelets"
+        ) from error
     if wavelet not in pywt.wavelist(kind="discrete"):
         raise ValueError(f"wavelet must be a discrete one of PyWavelets, such as 'haar' or 'db2', got {wavelet!r}")
     found = pywt.Wavelet(wavelet)

@@ -42,9 +42,9 @@ def convert_mixing(
     made = copy.deepcopy(model)
     found = 0
     for module in list(made.modules()):
-        pair = [(name, child) for name, child in module.named_children() if _convertible(child)]
-        others = [child for child in module.children() if isinstance(child, nn.Conv2d) and not _convertible(child)]
-        if len(pair) != 2 or others or pair[0][1].in_channels != pair[1][1].in_channels:
+        layers = [(name, child) for name, child in module.named_children() if isinstance(child, nn.Conv2d)]
+        pair = [(name, layer) for name, layer in layers if _convertible(layer)]
+        if len(layers) != 2 or len(pair) != 2 or pair[0][1].in_channels != pair[1][1].in_channels:
             continue
         weight = pair[0][1].weight
         block = WaveletMixing(
@@ -61,10 +61,9 @@ def convert_mixing(
     return made
 
 
-def _convertible(layer: nn.Module) -> bool:
+def _convertible(layer: nn.Conv2d) -> bool:
     return (
-        isinstance(layer, nn.Conv2d)
-        and layer.kernel_size == (3, 3)
+        layer.kernel_size == (3, 3)
         and layer.stride == (1, 1)
         and layer.padding in ((1, 1), "same")
         and layer.groups == 1

@@ -6,7 +6,8 @@ Shapes: B images, H height, W width.
 Source: Jeevan et al. 2022 (2205.14375v5), sec. 3; heads as in the authors' package.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,7 @@ __all__ = ["STEMS", "Stem", "WaveletClassifier", "WaveletSegmenter", "WaveletSup
 
 Stem = Literal["strided", "patchify"]
 STEMS = ("strided", "patchify")
+HUB: dict[str, Any] = {"library_name": "mixtura", "tags": ["wavelet-mixer"], "license": "apache-2.0"}
 
 
 class _Stacked(nn.Module):
@@ -70,9 +72,7 @@ class _Stacked(nn.Module):
         return self.blocks(self.stem(images))
 
 
-class WaveletClassifier(
-    _Stacked, PyTorchModelHubMixin, library_name="mixtura", tags=["wavelet-mixer"], license="apache-2.0"
-):
+class WaveletClassifier(_Stacked, PyTorchModelHubMixin, **HUB):  # type: ignore[misc]
     """Class logits of images, (B, in_channels, H, W) -> (B, classes).
 
     Args:
@@ -116,7 +116,7 @@ class WaveletClassifier(
             raise ValueError(f"labels must name {num_classes} classes, got {len(labels)}")
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        block = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
+        block: dict[str, Any] = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
         block |= {"wavelet": wavelet, "upsample": upsample, "mixer": mixer}
         super().__init__(in_channels, channels, depth, stem=stem, stride=stride, patch=patch, block=block)
         self.labels = None if labels is None else list(labels)
@@ -133,9 +133,7 @@ class WaveletClassifier(
         return numbers if self.labels is None else [self.labels[i] for i in numbers.tolist()]
 
 
-class WaveletSegmenter(
-    _Stacked, PyTorchModelHubMixin, library_name="mixtura", tags=["wavelet-mixer"], license="apache-2.0"
-):
+class WaveletSegmenter(_Stacked, PyTorchModelHubMixin, **HUB):  # type: ignore[misc]
     """Class logits of every pixel, (B, in_channels, H, W) -> (B, classes, H, W).
 
     As many transposed convolutions bring the maps back as halvings the stem made: ``stride`` must be 1 or 2. The paper's
@@ -161,7 +159,7 @@ class WaveletSegmenter(
     ) -> None:
         if stride not in (1, 2):
             raise ValueError(f"stride must be 1 or 2, got {stride}; the head doubles the sides once for every halving")
-        block = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
+        block: dict[str, Any] = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
         block |= {"wavelet": wavelet, "upsample": upsample, "mixer": mixer}
         super().__init__(in_channels, channels, depth, stem="strided", stride=stride, patch=1, block=block)
         if stride == 2:
@@ -183,9 +181,7 @@ class WaveletSegmenter(
             return self(images).argmax(1)
 
 
-class WaveletSuperResolution(
-    _Stacked, PyTorchModelHubMixin, library_name="mixtura", tags=["wavelet-mixer"], license="apache-2.0"
-):
+class WaveletSuperResolution(_Stacked, PyTorchModelHubMixin, **HUB):  # type: ignore[misc]
     """Images of twice the sides, (B, channels in, H, W) -> (B, channels in, 2H, 2W).
 
     Args: as :class:`WaveletClassifier`, strided stem of stride 1.
@@ -204,7 +200,7 @@ class WaveletSuperResolution(
         upsample: Upsample = "deconv",
         mixer: Mixer = "dwt",
     ) -> None:
-        block = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
+        block: dict[str, Any] = {"levels": levels, "mult": mult, "inner": inner, "dropout": dropout}
         block |= {"wavelet": wavelet, "upsample": upsample, "mixer": mixer}
         super().__init__(in_channels, channels, depth, stem="strided", stride=1, patch=1, block=block)
         self.head = nn.Sequential(
@@ -235,14 +231,12 @@ def wavelet_lite(channels: int, depth: int, **options: Any) -> WaveletClassifier
     return WaveletClassifier(channels=channels, depth=depth, levels=1, **({"dropout": 0.0} | options))
 
 
-class _evaluating:
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode for a while."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model, self.mode = model, model.training
-
-    def __enter__(self) -> None:
-        self.model.eval()
-
-    def __exit__(self, *failure: object) -> None:
-        self.model.train(self.mode)
+    mode = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(mode)
