@@ -24,15 +24,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_folder_is_learned_and_asked(here, folder):  # noqa: F811
-    done = here(
-        *"classify train in --out m --side 8 --stride 1 --width 8 --depth 1 --epochs 8 --batch-size 8".split(),
-        cwd=folder,
-    )
+    network = ["--side", "8", "--stride", "1", "--width", "8", "--depth", "1"]
+    done = here("classify", "train", "in", "--out", "m", *network, "--epochs", "8", "--batch-size", "8", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "21 images of 2 classes" in done.stdout and "bad.png: is no image" in done.stdout
     assert "of 4 held-out images told right" in done.stdout
     assert (folder / "m" / "confusion.png").read_bytes().startswith(b"\x89PNG")
-    done = here(*"classify predict in --model m --out c.csv --plot c.svg".split(), cwd=folder)
+    done = here("classify", "predict", "in", "--model", "m", "--out", "c.csv", "--plot", "c.svg", cwd=folder)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((folder / "c.csv").open()))
     assert len(rows) == 20 and set(rows[0]) == {"file", "class", "probability", "dark", "light"}
