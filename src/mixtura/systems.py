@@ -361,6 +361,14 @@ SYSTEMS: tuple[System, ...] = (
         "2205.14375",
         "vision",
         "Image tokens mixed by wavelet transforms instead of attention.",
+        (
+            "mixtura.core.wavelets.haar2d",
+            "mixtura.vision.wavelet.WaveletClassifier",
+            "mixtura.vision.wavelet.WaveletMixing",
+            "mixtura.vision.wavelet.WaveletSegmenter",
+            "mixtura.vision.wavelet.WaveletSuperResolution",
+            "mixtura.vision.wavelet.convert_mixing",
+        ),
     ),
     System(
         "gan-shrinkage",

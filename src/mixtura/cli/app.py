@@ -10,9 +10,12 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde
+from mixtura.cli import claims, classify, cluster, compare, convert, demo, discover, lm, regress, solve_pde
 
 __all__ = ["app", "main"]
+
+# Which extra brings a package; what is not here is in the language models'.
+EXTRAS = {"pandas": "density", "pyarrow": "density", "sklearn": "density", "PIL": "vision"}
 
 app = typer.Typer(
     name="mixtura",
@@ -33,6 +36,7 @@ cluster.add_to(app)
 discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
+classify.add_to(app)
 claims.add_to(app)
 
 
@@ -76,7 +80,7 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        extra = EXTRAS.get(error.name.partition(".")[0], "lm")
         return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"
