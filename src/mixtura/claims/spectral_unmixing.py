@@ -136,7 +136,11 @@ def run(scale: Scale, seed: int, scratch: Path) -> dict[str, Any]:
     figures["rmse_over_fcls"] = figures["rmse_ours"] / min(figures["rmse_start"], figures["rmse_fcls"])
     figures["rmse_over_sunsal"] = figures["rmse_ours"] / min(figures["rmse_sunsal"], figures["rmse_sunsal_whitened"])
     figures["beats_fixed"] = float(figures["rmse_ours"] < figures["rmse_fixed"])
-    figures |= _map_and_weights(case, models["ours"]) | _sanity(size, seed) | _random_starts(case, size, seed)
+    figures |= (
+        _map_and_weights(case, models["ours"])
+        | _sanity(size, seed)
+        | _random_starts(case, size, seed, _tuned(scale, "ours"))
+    )
     figures["detail"] = {
         "tuned": {name: _tuned(scale, name) for name in METHODS},
         "materials": list(case.scene.names),
@@ -174,18 +178,17 @@ def _sanity(size: Size, seed: int) -> dict[str, float]:
     }
 
 
-def _random_starts(case: Case, size: Size, seed: int) -> dict[str, float]:
+def _random_starts(case: Case, size: Size, seed: int, tuned: dict[str, float]) -> dict[str, float]:
     """Both losses from the same random start: the loss, and not the start, must do it."""
     found = {}
-    for name, robust in (("random", True), ("random_nmf", False)):
+    for name, options in (("random", tuned), ("random_nmf", {"robust": False, "lam": 0.0, "delta": tuned["delta"]})):
         model = SpectralUnmixing(
             len(case.spectra),
             init="nmf-random",
-            lam=0.0,
-            robust=robust,
             max_iter=size.iterations,
             device=_device(size),
             seed=seed,
+            **options,  # type: ignore[arg-type]
         )
         found[f"sad_{name}"] = case.errors(*_found(model.fit(case.X)))[0]
     return found | {"sad_random_over_nmf": found["sad_random"] / found["sad_random_nmf"]}
@@ -293,7 +296,9 @@ def plot(record: Record, figure: Any) -> None:
             axes.plot(values, [j] * len(values), "o", color=tone, alpha=0.5, ms=4)
             axes.plot([np.mean(values)], [j], "|", color=tone, ms=16, mew=2.5)
         labels = [shown[name] for name in names]
-        axes.set_yticks(range(len(names)), labels if figure_name == "rmse" else [*labels[:-1], "VCA, whitened"], fontsize=8)
+        axes.set_yticks(
+            range(len(names)), labels if figure_name == "rmse" else [*labels[:-1], "VCA, whitened"], fontsize=8
+        )
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel(f"{title}; a bar is the mean")

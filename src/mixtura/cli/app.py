@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde
+from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde, unmix
 
 __all__ = ["app", "main"]
 
@@ -33,6 +33,7 @@ cluster.add_to(app)
 discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
+unmix.add_to(app)
 claims.add_to(app)
 
 

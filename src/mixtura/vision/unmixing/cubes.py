@@ -21,7 +21,11 @@ __all__ = ["Cube", "read_cube"]
 
 SUFFIXES = (".hdr", ".mat", ".npy")
 RAW_SUFFIXES = ("", ".img", ".dat", ".raw", ".bin", ".bsq", ".bil", ".bip", ".sli")
-AXES = {"bsq": ("bands", "lines", "samples"), "bil": ("lines", "bands", "samples"), "bip": ("lines", "samples", "bands")}
+AXES = {
+    "bsq": ("bands", "lines", "samples"),
+    "bil": ("lines", "bands", "samples"),
+    "bip": ("lines", "samples", "bands"),
+}
 DTYPES = {"1": "u1", "2": "i2", "3": "i4", "4": "f4", "5": "f8", "12": "u2", "13": "u4", "14": "i8", "15": "u8"}
 MAT_NAMES = ("Y", "V", "cube", "data", "hypercube", "img", "image", "X")
 MAT_ROWS, MAT_COLUMNS = ("nRow", "nrow", "Lines", "lines", "H"), ("nCol", "ncol", "Columns", "columns", "W")
@@ -40,6 +44,7 @@ class Cube:
         ignore: value that stands for "no data", or None.
         meta: the header, or the names in the file.
         name: of the file.
+        dead: shape (L,), boolean: channels to hand out as 0, whatever they hold.
     """
 
     data: np.ndarray
@@ -48,13 +53,14 @@ class Cube:
     ignore: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     name: str = "cube"
+    dead: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.data.ndim != 3 or 0 in self.data.shape:
             raise ValueError(f"{self.name} must be a cube (rows, columns, channels), got shape {self.data.shape}")
         if self.data.dtype.kind not in "iuf":
             raise ValueError(f"{self.name} must hold real numbers, got {self.data.dtype}")
-        for what, values in (("wavelengths", self.wavelengths), ("bad_bands", self.bad_bands)):
+        for what, values in (("wavelengths", self.wavelengths), ("bad_bands", self.bad_bands), ("dead", self.dead)):
             if values is not None and len(values) != self.data.shape[2]:
                 raise ValueError(f"{self.name} has {self.data.shape[2]} channels and {len(values)} {what}")
 
@@ -80,7 +86,11 @@ class Cube:
             rows = slice(start, min(start + step, h))
             raw = np.asarray(self.data[rows]).reshape(-1, channels)
             held = np.ones(len(raw), dtype=bool) if self.ignore is None else (raw != self.ignore).any(1)
-            yield rows, raw.astype(np.float32), held
+            y_PL = np.array(raw, dtype=np.float32, order="C")
+            if self.dead is not None:
+                y_PL[:, self.dead] = 0
+            yield rows, y_PL, held
+            del raw, y_PL
             _forget(self.data)
 
 
@@ -135,7 +145,9 @@ def _envi(path: Path) -> Cube:
         try:
             header = read_envi_header(str(path))
         except Exception as error:  # the package has its own kinds, and a parser's IndexError among them
-            raise ValueError(f"{path} is no ENVI header ({' '.join(str(error).split()) or type(error).__name__})") from error
+            raise ValueError(
+                f"{path} is no ENVI header ({' '.join(str(error).split()) or type(error).__name__})"
+            ) from error
     header = {key.lower(): value for key, value in header.items()}
     sizes = {name: _whole(header, name, path) for name in ("lines", "samples", "bands")}
     offset = _whole(header, "header offset", path, least=0, default=0)
@@ -183,7 +195,9 @@ def _raw_file(path: Path) -> Path:
     for candidate in tried:
         if candidate.is_file() and candidate != path:
             return candidate
-    raise FileNotFoundError(f"{path} has no raw file beside it: tried {stem.name} alone and with {', '.join(RAW_SUFFIXES[1:])}")
+    raise FileNotFoundError(
+        f"{path} has no raw file beside it: tried {stem.name} alone and with {', '.join(RAW_SUFFIXES[1:])}"
+    )
 
 
 def _whole(header: Mapping[str, Any], name: str, path: Path, *, least: int = 1, default: int | None = None) -> int:
@@ -227,14 +241,20 @@ def _mat(path: Path, variable: str | None) -> Cube:
     cubes = [k for k, v in named.items() if v.ndim == 3]
     chosen = variable or next((k for k in MAT_NAMES if k in named), cubes[0] if len(cubes) == 1 else None)
     if chosen is None:
-        raise ValueError(f"{path} has none of the variables {', '.join(MAT_NAMES)}; it has {listed}; name one with --variable")
+        raise ValueError(
+            f"{path} has none of the variables {', '.join(MAT_NAMES)}; it has {listed}; name one with --variable"
+        )
     values = arrays[chosen]
     if values.ndim == 2:
         rows, columns = (_scalar(arrays, names) for names in (MAT_ROWS, MAT_COLUMNS))
         if rows is None or columns is None:
-            raise ValueError(f"{path}: {chosen} is a matrix {values.shape}, and nRow and nCol, which shape it, are missing")
+            raise ValueError(
+                f"{path}: {chosen} is a matrix {values.shape}, and nRow and nCol, which shape it, are missing"
+            )
         if rows * columns not in values.shape:
-            raise ValueError(f"{path}: {chosen} has shape {values.shape}, and nRow x nCol = {rows} x {columns} = {rows * columns}")
+            raise ValueError(
+                f"{path}: {chosen} has shape {values.shape}, and nRow x nCol = {rows} x {columns} = {rows * columns}"
+            )
         flat = values if values.shape[1] == rows * columns else values.T
         values = flat.reshape(len(flat), columns, rows).transpose(2, 1, 0)  # MATLAB counts down the columns
     selected = next((arrays[k].ravel() for k in ("wavelengths", "wavelength", "wl") if k in arrays), None)

@@ -112,9 +112,7 @@ def learn_from(cube: Cube, seen: Survey, model: SpectralUnmixing) -> SpectralUnm
     return model.fit(np.concatenate([seen.sample, *extreme]))
 
 
-def unmix_blocks(
-    cube: Cube, model: SpectralUnmixing, give: Callable[[slice, np.ndarray, np.ndarray], None]
-) -> None:
+def unmix_blocks(cube: Cube, model: SpectralUnmixing, give: Callable[[slice, np.ndarray, np.ndarray], None]) -> None:
     """Find the shares of every pixel for the spectra of a fitted model.
 
     Args:
