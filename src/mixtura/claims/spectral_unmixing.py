@@ -330,7 +330,7 @@ CLAIM = Claim(
         "with the spectra, unmixing gets accurate maps of purity and much better shares than methods of its time."
     ),
     paper=(
-        "Abstract: the guidance maps learned are accurate and the unmixing results much better than the state of the art of 2014. "
+        "Abstract: the guidance maps learned are accurate, the unmixing results much better than the state of the art of 2014. "
         "Its tables could not be read; no figure of the paper is given here."
     ),
     metric=(
@@ -338,8 +338,8 @@ CLAIM = Claim(
         "materials, 40 x 40 pixels, 20 dB, 18 of 180 channels blank, noise or striped; a seed is a scene."
     ),
     baseline=(
-        "NMF, L1/2-NMF, the same without sparsity and with exponent 1/2 for all, from the same start; FCLS and SUnSAL on the start's "
-        "spectra, plain and whitened (the better counts). Strengths of all are tuned on two other scenes."
+        "NMF, L1/2-NMF, the same without sparsity and with exponent 1/2 for all, from the same start; FCLS and SUnSAL on the "
+        "start's spectra, plain and whitened (the better counts). Strengths of all are tuned on two other scenes."
     ),
     checks=(
         Check(figure="rmse_over_nmf", at_most=0.50, why="RMSE over NMF's"),

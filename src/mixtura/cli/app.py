@@ -77,7 +77,10 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        package = error.name.partition(".")[0]
+        extra = (
+            "density" if package in ("pandas", "pyarrow", "sklearn") else "vision" if package == "spectral" else "lm"
+        )
         return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"

@@ -131,7 +131,7 @@ def unmix(
             _one(path, place, choices, dry_run=dry_run, say=say, console=console)
         except (ValueError, TypeError, OSError) as error:
             if len(places) == 1:
-                raise
+                raise ValueError(_led(path, error)) from error
             failed.append(path)
             typer.echo(f"error {_led(path, error)}", err=True)
     if failed:
@@ -222,7 +222,7 @@ def _one(path: Path, place: Path, choices: Choices, *, dry_run: bool, say: Any, 
     console.print(_summary(maps))
     spoiled = _spoiled(model)
     if spoiled.any():
-        say(f"spoiled channels, which hardly count: {_listed(cube, spoiled)}")
+        say(f"spoiled channels, which hardly count: {_listed(spoiled)}")
     say(f"{place} is written: {REPORT} says what is in it, unmixed.png shows it")
 
 
@@ -237,16 +237,16 @@ def _surveyed(cube: Cube, choices: Choices, say: Any) -> tuple[Cube, Survey]:
     if held and never.any() and not never.all():
         if not choices.skip_bad:
             raise ValueError(
-                f"{cube.name}: {_count(never.sum(), 'channel')} never finite ({_listed(cube, never)}); "
+                f"{cube.name}: {_count(never.sum(), 'channel')} never finite ({_listed(never)}); "
                 "--skip-bad takes them as blank"
             )
-        say(f"never finite, taken as blank: {_listed(cube, never)}")
+        say(f"never finite, taken as blank: {_listed(never)}")
         cube = dataclasses.replace(cube, dead=never)
         seen = survey(cube, sample=choices.sample, seed=seed)
     if seen.broken:
         if not choices.skip_bad:
             raise ValueError(
-                f"{cube.name}: {_count(seen.broken, 'pixel')} NaN or infinite, in {_listed(cube, seen.broken_channels > 0)}; "
+                f"{cube.name}: {_count(seen.broken, 'pixel')} NaN or infinite, in {_channels(seen.broken_channels > 0)}; "
                 "--skip-bad leaves them out"
             )
         say(f"{seen.broken:,} pixels with NaN or infinity are left out")
@@ -260,9 +260,9 @@ def _surveyed(cube: Cube, choices: Choices, say: Any) -> tuple[Cube, Survey]:
     if seen.empty:
         say(f"{seen.empty:,} pixels hold no data (value {cube.ignore:g}) and are left out")
     if seen.blank.any():
-        say(f"blank channels, kept without weight: {_listed(cube, seen.blank)}")
+        say(f"blank channels, kept without weight: {_listed(seen.blank)}")
     if seen.constant.any():
-        say(f"channels with a single value: {_listed(cube, seen.constant)}")
+        say(f"channels with a single value: {_listed(seen.constant)}")
     return cube, seen
 
 
@@ -344,11 +344,11 @@ def _report(path: Path, cube: Cube, seen: Survey, model: SpectralUnmixing, maps:
     lines += [
         "",
         f"- Pixels with shares: {maps.unmixed:,}; without data: {seen.empty:,}; left out as not finite: {seen.broken:,}.",
-        f"- Blank channels: {_listed(cube, model.blank_channels_)}.",
-        f"- Spoiled channels (weight below a quarter of the median): {_listed(cube, spoiled)}.",
+        f"- Blank channels: {_listed(model.blank_channels_)}.",
+        f"- Spoiled channels (weight below a quarter of the median): {_listed(spoiled)}.",
     ]
     if cube.bad_bands is not None:
-        lines.append(f"- Called bad by the header, kept: {_listed(cube, cube.bad_bands)}.")
+        lines.append(f"- Called bad by the header, kept: {_listed(cube.bad_bands)}.")
     if seen.negative:
         lines.append(f"- Negative values taken as 0: {seen.negative:,}, the least {seen.low.min():.4g}.")
     lines += [
@@ -389,8 +389,8 @@ def _spoiled(model: SpectralUnmixing) -> np.ndarray:
     return seen & (model.channel_weight_ < SPOILED * np.median(model.channel_weight_[seen]))
 
 
-def _listed(cube: Cube, mask: np.ndarray) -> str:
-    """Channels as ranges, counted from 0, with wavelengths where they are known: ``3, 7-9 (0.43, 0.47-0.49 um)``."""
+def _listed(mask: np.ndarray) -> str:
+    """Channels as ranges, counted from 0: ``3, 7-9``."""
     import numpy as np
 
     at = np.flatnonzero(mask)
@@ -400,6 +400,10 @@ def _listed(cube: Cube, mask: np.ndarray) -> str:
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:12])
     text += f" and {sum(map(len, runs[12:]))} more" if len(runs) > 12 else ""
     return text
+
+
+def _channels(mask: np.ndarray) -> str:
+    return f"channel{'s' if mask.sum() > 1 else ''} {_listed(mask)}"
 
 
 def _count(n: int, noun: str) -> str:

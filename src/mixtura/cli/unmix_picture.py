@@ -12,7 +12,7 @@ from mixtura.core.page import new_figure, save_figure
 __all__ = ["draw", "draw_map"]
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442", "#7f7f7f")
-MAPS_A_ROW = 4
+MAPS_A_ROW = 5
 
 
 def draw_map(path: Path, values: np.ndarray) -> None:
@@ -36,11 +36,12 @@ def draw(path: Path, cube: Any, model: Any, maps: Any, spoiled: np.ndarray) -> N
     m = model.n_endmembers
     shown = [*np.moveaxis(maps.shares, -1, 0), maps.guide]
     titles = [*(f"material {i + 1}: {share:.0%}" for i, share in enumerate(maps.mean)), "how pure each pixel is"]
-    lines = -(-len(shown) // MAPS_A_ROW)
+    across = min(len(shown), MAPS_A_ROW)
+    lines = -(-len(shown) // across)
     tall = np.clip(maps.guide.shape[0] / maps.guide.shape[1], 0.4, 1.6)
-    figure = new_figure(11.0, 2.7 * tall * lines + 3.4)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[2.7 * tall * lines, 3.4])
-    grid = upper.subplots(lines, MAPS_A_ROW, squeeze=False).ravel()
+    figure = new_figure(11.0, 10.5 / across * tall * lines + 3.4)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[10.5 / across * tall * lines, 3.4])
+    grid = upper.subplots(lines, across, squeeze=False).ravel()
     for i, axes in enumerate(grid):
         if i >= len(shown):
             axes.axis("off")

@@ -1,7 +1,7 @@
 """Hyperspectral cubes from disk, without reading more of them than is asked for.
 
-ENVI (a header beside a raw file of any interleave), MATLAB (.mat), NumPy (.npy). ENVI and NumPy files stay on disk and are read by
-rows; a .mat file is read whole.
+ENVI (a header beside a raw file of any interleave), MATLAB (.mat), NumPy (.npy). ENVI and NumPy files stay on disk and are read
+by rows; a .mat file is read whole.
 
 Shapes: H rows, W columns, L channels.
 """
@@ -120,9 +120,10 @@ def read_cube(path: str | Path, *, variable: str | None = None) -> Cube:
         return _mat(path, variable)
     if suffix == ".npy":
         try:
-            return Cube(np.load(path, mmap_mode="r", allow_pickle=False), name=path.name)
+            data = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is no NumPy file of a cube ({error})") from error
+            raise ValueError(f"{path} is no NumPy file of numbers, or was cut short ({error})") from error
+        return Cube(data, name=path.name)
     header = next((h for h in (path.with_suffix(".hdr"), Path(f"{path}.hdr")) if h.exists()), None)
     if header is None:
         raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}, and no ENVI header stands beside it")

@@ -1,7 +1,7 @@
 """A cube from disk, unmixed in memory that does not grow with it.
 
-Three passes by blocks of rows: one looks (what is finite, which channels are blank, how channels vary together) and draws pixels by
-chance; one adds to them the pixels of each block that span it, so that a rare pure pixel is not missed; spectra and channel
+Three passes by blocks of rows: one looks (what is finite, which channels are blank, how channels vary together) and draws pixels
+by chance; one adds to them the pixels of each block that span it, so that a rare pure pixel is not missed; spectra and channel
 weights are learned from those; the last finds the shares of every pixel and hands them on, block by block.
 
 Shapes: H rows, W columns, L channels, M endmembers.
