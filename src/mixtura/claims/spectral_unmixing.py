@@ -54,6 +54,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "dense": {"lam": 0.0},
 }
 
+DENSE: dict[str, Any] = {"lam": 0.0, "delta": 4.0}  # of the checks without sparsity
+
 LIMITS = (
     "Scenes are synthetic: measured spectra mixed linearly with white noise, which is the model that all methods here assume; "
     "no scene of an aircraft was at hand (Samson, Jasper Ridge and Urban are in no package), so of the paper's tables nothing is "
@@ -97,7 +99,7 @@ class Case:
         true = self.scene.abundances.reshape(len(self.X), -1)
         return sad(spectra, truth, bands=good), abundance_rmse(shares[:, order], true)
 
-    def fit(self, size: Size, channels: np.ndarray | None = None, **options: Any) -> SpectralUnmixing:
+    def fit(self, size: Size, options: dict[str, Any], channels: np.ndarray | None = None) -> SpectralUnmixing:
         """A fit from the common start, on some channels where those are named."""
         k = len(self.spectra)
         seen = np.ones(self.X.shape[1], dtype=bool) if channels is None else channels
@@ -117,8 +119,8 @@ def run(scale: Scale, seed: int, scratch: Path) -> dict[str, Any]:
     """Figures of one scene."""
     size = SCALES[scale]
     case = Case.of(_scene(size, seed), seed)
-    models = {name: case.fit(size, **_tuned(scale, name), **options) for name, options in METHODS.items()}
-    models["fixed"] = case.fit(size, guidance="fixed", p=0.5, **_tuned(scale, "ours"))
+    models = {name: case.fit(size, {**_tuned(scale, name), **options}) for name, options in METHODS.items()}
+    models["fixed"] = case.fit(size, {"guidance": "fixed", "p": 0.5, **_tuned(scale, "ours")})
     figures: dict[str, Any] = {}
     for name, model in models.items():
         figures[f"sad_{name}"], figures[f"rmse_{name}"] = case.errors(model.endmembers_, model.abundances_)
@@ -162,13 +164,11 @@ def _map_and_weights(case: Case, model: SpectralUnmixing) -> dict[str, float]:
 def _sanity(size: Size, seed: int) -> dict[str, float]:
     """Where nothing is spoiled both losses agree; where something is, the loss does what leaving channels out would."""
     clean = Case.of(_scene(size, seed, outliers=0), seed)
-    rmse = {
-        robust: clean.errors(*_found(clean.fit(size, lam=0.0, delta=4.0, robust=robust)))[1] for robust in (True, False)
-    }
+    rmse = {robust: clean.errors(*_found(clean.fit(size, {**DENSE, "robust": robust})))[1] for robust in (True, False)}
     pure = Case.of(_scene(size, seed, snr=30.0), seed)
     good = ~pure.scene.outliers
-    ours = pure.fit(size, lam=0.0, delta=4.0)
-    oracle = pure.fit(size, good, lam=0.0, delta=4.0, robust=False)
+    ours = pure.fit(size, DENSE)
+    oracle = pure.fit(size, {**DENSE, "robust": False}, good)
     whole = np.zeros_like(pure.spectra)
     whole[:, good] = oracle.endmembers_
     told = pure.errors(whole, oracle.abundances_)[1]
@@ -225,7 +225,8 @@ def _tuned(scale: Scale, name: str) -> dict[str, float]:
 
     def loss(choice: dict[str, float]) -> float:
         cases = [_tuning_case(scale, seed) for seed in TUNING_SEEDS]
-        return sum(sum(case.errors(*_found(case.fit(size, **choice, **options)))) for case in cases)
+        errors = [case.errors(*_found(case.fit(size, {**choice, **options}))) for case in cases]
+        return sum(angle + rmse for angle, rmse in errors)
 
     return _best(choices, loss)
 

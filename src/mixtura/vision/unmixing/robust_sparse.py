@@ -174,11 +174,11 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
             raise ValueError(f"all {X.shape[1]} channels are constant: there is nothing to unmix")
         self.blank_channels_ = high_L == 0
         self.scale_ = float(np.quantile(high_L[~self.blank_channels_].astype(np.float64), SCALE_QUANTILE))
-        spectra, shares = self._start(X, M_init, A_init)
+        first, shares = self._start(X, M_init, A_init)
         dtype = torch.float32 if X.dtype == np.float32 else torch.float64
         pixels = Pixels(X, scale=self.scale_, dtype=dtype, device=self.device)
         a = torch.from_numpy(shares).to(self.device, dtype)
-        spectra, a, h, weights = self._descend(pixels, torch.from_numpy(spectra / self.scale_).to(self.device), a)
+        spectra, a, h, weights = self._descend(pixels, torch.from_numpy(first / self.scale_).to(self.device), a)
         self.endmembers_ = (spectra * self.scale_).cpu().numpy().astype(X.dtype)
         self.abundances_ = (a / a.sum(1, keepdim=True)).cpu().numpy()
         self.guidance_ = h.cpu().numpy()

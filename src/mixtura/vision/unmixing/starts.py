@@ -93,8 +93,8 @@ def vca(X: Any, k: int, *, seed: int = 0, factors: np.ndarray | None = None) -> 
     spread_LK = np.linalg.eigh(centred_LL)[1][:, ::-1][:, :k]
     power = float(np.trace(moment_LL))
     inside = float(np.trace(spread_LK.T @ centred_LL @ spread_LK) + mean_L @ mean_L)
-    ratio = max(inside - k / L * power, 1e-300) / max(power - inside, 1e-300)
-    high = 10 * np.log10(ratio) > 15 + 10 * np.log10(k)
+    signal, noise = max(inside - k / L * power, 1e-300), max(power - inside, 1e-300)
+    high = 10 * np.log10(signal / noise) > 15 + 10 * np.log10(k)  # decibels, the paper's rule
     if high:  # projective: each pixel is divided by its brightness along the mean
         z_PK = np.concatenate([(y_PL * f_L) @ axes_LK for y_PL in _blocks(X)])
         brightness_P = z_PK @ z_PK.mean(0)
@@ -102,7 +102,7 @@ def vca(X: Any, k: int, *, seed: int = 0, factors: np.ndarray | None = None) -> 
         z_PK = np.where(bright[:, None], z_PK / np.where(bright, brightness_P, 1.0)[:, None], 0.0)
     else:
         z_PK = np.concatenate([(y_PL * f_L - mean_L) @ spread_LK[:, : k - 1] for y_PL in _blocks(X)])
-        far = np.sqrt(np.max(np.sum(z_PK**2, 1)))
+        far = float(np.linalg.norm(z_PK, axis=1).max())
         z_PK = np.concatenate([z_PK, np.full((P, 1), far if far > 0 else 1.0)], 1)
     found_KK = np.zeros((k, k))
     found_KK[-1, 0] = 1.0
