@@ -1,8 +1,8 @@
 """Unmixing beside pysptools: constrained least squares pixel by pixel and all at once, a large cube, and peak memory.
 
 1. FCLS and NNLS of the same pixels and spectra: answers compared first, then timed in turn (one thread, CPU time).
-2. A cube of 512 x 512 x 200: what `mixtura unmix` does (spectra from 50,000 pixels, then shares of all), beside VCA and pysptools'
-   FCLS, which is timed on 2,500 pixels and scaled, since a pixel costs it the same every time.
+2. A cube of 512 x 512 x 200: what `mixtura unmix` does (spectra from 50,000 pixels, then shares of all), beside VCA and pysptools
+   FCLS; that is timed on 2,500 pixels and scaled, since a pixel costs it the same every time.
 3. Peak memory of the command's work on a file, and on one ten times larger; each in a process of its own.
 4. 300 iterations at the size of the scene Urban (307 x 307, 162 channels, 6 materials), with peak memory over the cube.
 

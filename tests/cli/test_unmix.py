@@ -113,7 +113,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folder):  # no
         (["cube.hdr", "--endmembers", 91], "--endmembers must be at most the number of channels, 90, got 91"),
         (["cube.hdr", "--endmembers", 3, "--sample", 10], "--sample must be at least 1000, got 10"),
         (["cube.hdr", "--endmembers", 3, "--lam", -1], "--lam must be at least 0, got -1"),
-        (["cube.hdr", "--endmembers", 3, "--variable", "Y"], "a variable is chosen in .mat files"),
+        (["cube.hdr", "--endmembers", 3, "--variable", "Y"], "variable and rows are of .mat files"),
         (["cube.hdr", "--endmembers", 3, "--out", "."], ". holds other files, which would be lost"),
         (["cube.hdr", "cube.npy", "--endmembers", 3], "two cubes are named cube"),
         (["zero.npy", "--endmembers", 3], "zero.npy: all 90 channels are constant"),

@@ -42,6 +42,7 @@ class Choices:
 
     endmembers: int
     variable: str | None
+    rows: int | None
     sample: int
     skip_bad: bool
     clip_negative: bool
@@ -78,6 +79,7 @@ def unmix(
         typer.Option(help="Directory to write; of several cubes each gets one in it. Default: CUBE-unmixed."),
     ] = None,
     variable: Annotated[str | None, typer.Option(help="Name of the cube within a .mat file.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the image, where a .mat file does not say.")] = None,
     lam: Annotated[
         float | None, typer.Option(help="Sparsity: 0 for none, more for purer pixels. Default: 0.3 x channels / 180.")
     ] = None,
@@ -112,7 +114,7 @@ def unmix(
 
         mixtura unmix cube.hdr --endmembers 4 --out maps
 
-        mixtura unmix samson.mat --endmembers 3
+        mixtura unmix samson.mat --endmembers 3 --rows 95
 
         mixtura unmix flight/*.hdr --endmembers 6 --out flight-maps --skip-bad --clip-negative
 
@@ -123,7 +125,9 @@ def unmix(
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
-    choices = _choices(endmembers, variable, lam, delta, guidance, steps, sample, skip_bad, clip_negative, device, seed)
+    choices = _choices(
+        endmembers, variable, rows, lam, delta, guidance, steps, sample, skip_bad, clip_negative, device, seed
+    )
     places = _places(cubes, out)
     failed = []
     for path, place in places.items():
@@ -141,6 +145,7 @@ def unmix(
 def _choices(
     endmembers: int,
     variable: str | None,
+    rows: int | None,
     lam: float | None,
     delta: float | None,
     guidance: GuidanceName,
@@ -171,7 +176,7 @@ def _choices(
         "device": device,
         "seed": seed,
     }
-    return Choices(endmembers, variable, sample, skip_bad, clip_negative, options)
+    return Choices(endmembers, variable, rows, sample, skip_bad, clip_negative, options)
 
 
 def _places(cubes: list[Path], out: Path | None) -> dict[Path, Path]:
@@ -196,7 +201,7 @@ def _one(path: Path, place: Path, choices: Choices, *, dry_run: bool, say: Any, 
     from mixtura.vision.unmixing.robust_sparse import SpectralUnmixing
     from mixtura.vision.unmixing.whole_cube import learn_from
 
-    cube = read_cube(path, variable=choices.variable)
+    cube = read_cube(path, variable=choices.variable, rows=choices.rows)
     h, w, channels = cube.shape
     size = h * w * channels * cube.data.dtype.itemsize
     say(f"{path}: {h} x {w} pixels, {channels} channels of {cube.data.dtype}, {size / 1e6:,.1f} MB")

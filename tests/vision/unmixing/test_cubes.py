@@ -121,6 +121,9 @@ def test_the_layouts_of_mat_files_in_use_are_read(tmp_path, data):
     savemat(tmp_path / "bare.mat", {"Y": matrix})
     with pytest.raises(ValueError, match="nRow and nCol, which shape it, are missing"):
         read_cube(tmp_path / "bare.mat")
+    np.testing.assert_array_equal(read_cube(tmp_path / "bare.mat", rows=7).data, data)
+    with pytest.raises(ValueError, match="8 rows x 4 columns are 32 pixels"):
+        read_cube(tmp_path / "bare.mat", rows=8)
     (tmp_path / "no.mat").write_bytes(b"MATLAB" * 50)
     with pytest.raises(ValueError, match="is no MATLAB file, or a damaged one"):
         read_cube(tmp_path / "no.mat")

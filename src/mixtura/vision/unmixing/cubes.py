@@ -94,12 +94,13 @@ class Cube:
             _forget(self.data)
 
 
-def read_cube(path: str | Path, *, variable: str | None = None) -> Cube:
+def read_cube(path: str | Path, *, variable: str | None = None, rows: int | None = None) -> Cube:
     """A cube from an ENVI header, a .mat or a .npy file.
 
     Args:
         path: the .hdr file of an ENVI pair or its raw file; .mat; .npy.
         variable: name of the cube within a .mat file, where it is none of the usual ones (Y, V, cube, data, ...).
+        rows: of the image, where a .mat file holds a matrix and does not say how it is shaped.
     Raises:
         FileNotFoundError: no such file, or a header without its raw file.
         ValueError: another kind of file; a header that contradicts the size of its file (both are named); a .mat file without a
@@ -112,12 +113,12 @@ def read_cube(path: str | Path, *, variable: str | None = None) -> Cube:
     if path.is_dir():
         raise ValueError(f"{path} is a directory; name the cube's file ({', '.join(SUFFIXES)})")
     suffix = path.suffix.lower()
-    if variable is not None and suffix != ".mat":
-        raise ValueError(f"a variable is chosen in .mat files, and {path} is none; leave it out")
+    if (variable is not None or rows is not None) and suffix != ".mat":
+        raise ValueError(f"variable and rows are of .mat files, and {path} is none; leave them out")
     if suffix == ".hdr":
         return _envi(path)
     if suffix == ".mat":
-        return _mat(path, variable)
+        return _mat(path, variable, rows)
     if suffix == ".npy":
         try:
             data = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -224,7 +225,7 @@ def _numbers(header: Mapping[str, Any], name: str, path: Path) -> np.ndarray | N
         raise ValueError(f"{path}: {name} must be numbers ({error})") from error
 
 
-def _mat(path: Path, variable: str | None) -> Cube:
+def _mat(path: Path, variable: str | None, given_rows: int | None) -> Cube:
     """The layouts in use: a cube (H, W, L), or Y or V of shape (L, H W) by columns, with nRow and nCol beside it."""
     from scipy.io import loadmat
 
@@ -248,13 +249,16 @@ def _mat(path: Path, variable: str | None) -> Cube:
     values = arrays[chosen]
     if values.ndim == 2:
         rows, columns = (_scalar(arrays, names) for names in (MAT_ROWS, MAT_COLUMNS))
+        if given_rows is not None:
+            rows, columns = given_rows, max(values.shape) // max(given_rows, 1)
         if rows is None or columns is None:
             raise ValueError(
-                f"{path}: {chosen} is a matrix {values.shape}, and nRow and nCol, which shape it, are missing"
+                f"{path}: {chosen} is a matrix {values.shape}, and nRow and nCol, which shape it, are missing; say how many "
+                "rows the image has with --rows"
             )
         if rows * columns not in values.shape:
             raise ValueError(
-                f"{path}: {chosen} has shape {values.shape}, and nRow x nCol = {rows} x {columns} = {rows * columns}"
+                f"{path}: {chosen} has shape {values.shape}, and {rows} rows x {columns} columns are {rows * columns} pixels"
             )
         flat = values if values.shape[1] == rows * columns else values.T
         values = flat.reshape(len(flat), columns, rows).transpose(2, 1, 0)  # MATLAB counts down the columns

@@ -110,7 +110,7 @@ def vca(X: Any, k: int, *, seed: int = 0, factors: np.ndarray | None = None) -> 
     for i in range(k):
         w_K = rng.normal(size=k)
         direction_K = w_K - found_KK @ (np.linalg.pinv(found_KK) @ w_K)
-        reach_P = np.abs(z_PK @ (direction_K / max(np.linalg.norm(direction_K), 1e-300)))
+        reach_P = np.abs(z_PK @ direction_K)
         reach_P[chosen] = -1.0
         chosen.append(int(reach_P.argmax()))
         found_KK[:, i] = z_PK[chosen[-1]]
