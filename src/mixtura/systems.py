@@ -340,6 +340,12 @@ SYSTEMS: tuple[System, ...] = (
         "1409.0685",
         "vision",
         "What share of which material each pixel of a hyperspectral cube holds, in spite of bad bands.",
+        (
+            "mixtura.vision.SpectralUnmixing",
+            "mixtura.vision.read_cube",
+            "mixtura.vision.unmixing.fcls",
+            "mixtura.vision.unmixing.sunsal",
+        ),
     ),
     System(
         "image-quality",

@@ -10,12 +10,30 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, classify, cluster, compare, convert, demo, discover, lm, regress, solve_pde
+from mixtura.cli import (
+    claims,
+    classify,
+    cluster,
+    compare,
+    convert,
+    demo,
+    discover,
+    lm,
+    regress,
+    solve_pde,
+    unmix,
+)
 
 __all__ = ["app", "main"]
 
 # Which extra brings a package; what is not here is in the language models'.
-EXTRAS = {"pandas": "density", "pyarrow": "density", "sklearn": "density", "PIL": "vision"}
+EXTRAS = {
+    "PIL": "vision",
+    "pandas": "density",
+    "pyarrow": "density",
+    "sklearn": "density",
+    "spectral": "vision",
+}
 
 app = typer.Typer(
     name="mixtura",
@@ -37,6 +55,7 @@ discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
 classify.add_to(app)
+unmix.add_to(app)
 claims.add_to(app)
 
 
