@@ -396,6 +396,12 @@ SYSTEMS: tuple[System, ...] = (
         "2106.03917",
         "robust",
         "Confidence that falls smoothly from known classes to outliers, by training on mixtures of both.",
+        (
+            "mixtura.robust.OutlierExposedClassifier",
+            "mixtura.robust.MixtureOutlierExposure",
+            "mixtura.robust.ood_metrics",
+            "mixtura.robust.score",
+        ),
     ),
     System(
         "label-noise",

@@ -19,6 +19,7 @@ from mixtura.cli import (
     demo,
     discover,
     lm,
+    outliers,
     regress,
     solve_pde,
     unmix,
@@ -56,6 +57,7 @@ regress.add_to(app)
 solve_pde.add_to(app)
 classify.add_to(app)
 unmix.add_to(app)
+outliers.add_to(app)
 claims.add_to(app)
 
 

