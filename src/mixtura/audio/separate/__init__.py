@@ -1,0 +1,1 @@
+"""Separation: what a query asks for, out of a recording."""
