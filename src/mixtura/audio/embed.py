@@ -16,12 +16,30 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixtura.core.checkpoint import read_json, write_json
-from mixtura.core.training import History, TrainConfig, fit
+from mixtura.core.training import TrainConfig, fit
 
 __all__ = ["ClipEmbedding", "JointEmbedding", "NamedSounds", "SmallClip", "TextTower", "load_tower", "save_tower"]
 
 META, WEIGHTS = "tower.json", "tower.safetensors"
-FILLERS = frozenset("a an the of sound sounds photo picture playing someone plays play some and is".split())
+FILLERS = frozenset(
+    [
+        "a",
+        "an",
+        "the",
+        "of",
+        "sound",
+        "sounds",
+        "photo",
+        "picture",
+        "playing",
+        "someone",
+        "plays",
+        "play",
+        "some",
+        "and",
+        "is",
+    ]
+)
 
 
 @runtime_checkable
@@ -66,7 +84,9 @@ class NamedSounds:
             for known in (name, *others):
                 words = tuple(_words(known))
                 if self._index.setdefault(words, i) != i:
-                    raise ValueError(f"{known!r} names two sounds, {list(self.names)[self._index[words]]!r} and {name!r}")
+                    raise ValueError(
+                        f"{known!r} names two sounds, {list(self.names)[self._index[words]]!r} and {name!r}"
+                    )
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors, shape (B, D).
@@ -111,9 +131,13 @@ class SmallClip(nn.Module):
         dim: D.
         side: pixels of a picture's side; a multiple of 4.
         width: channels of the first convolution.
+        scale: what similarities are multiplied by. CLIP learns it, and ends at 100; small and fixed, it pulls a picture all the
+            way to its caption, which is what a query in words needs where pictures were trained on.
     """
 
-    def __init__(self, words: Sequence[str], *, dim: int = 32, side: int = 28, width: int = 16) -> None:
+    def __init__(
+        self, words: Sequence[str], *, dim: int = 32, side: int = 28, width: int = 16, scale: float = 8.0
+    ) -> None:
         super().__init__()
         if side % 4 or side < 4:
             raise ValueError(f"side must be a positive multiple of 4, got {side}")
@@ -136,13 +160,13 @@ class SmallClip(nn.Module):
         )
         self.bag = nn.EmbeddingBag(len(self.words), 64, mode="mean")
         self.texts = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, dim))
-        self.log_scale = nn.Parameter(torch.tensor(2.0))
+        self.scale = scale
 
     def embed_image(self, images: Tensor) -> Tensor:
         """Unit vectors of pictures (B, side, side) with values in [0, 1], shape (B, D)."""
         if images.dim() != 3 or images.shape[1:] != (self.side, self.side):
             raise ValueError(f"images must have shape (n, {self.side}, {self.side}), got {tuple(images.shape)}")
-        return F.normalize(self.pictures(images.to(self.log_scale)[:, None]), dim=-1)
+        return F.normalize(self.pictures(images.to(self.bag.weight)[:, None]), dim=-1)
 
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, shape (B, D).
@@ -154,7 +178,7 @@ class SmallClip(nn.Module):
         for text, row in zip(texts, rows, strict=True):
             if not row:
                 raise ValueError(f"query {text!r} has no word of the captions that this tower was trained on")
-        flat = torch.tensor([i for row in rows for i in row], device=self.log_scale.device)
+        flat = torch.tensor([i for row in rows for i in row], device=self.bag.weight.device)
         starts = torch.tensor([0, *(len(row) for row in rows[:-1])], device=flat.device).cumsum(0)
         return F.normalize(self.texts(self.bag(flat, starts)), dim=-1)
 
@@ -178,7 +202,7 @@ class SmallClip(nn.Module):
             captions: several wordings of each label.
             steps, batch: length of the training.
             seed: of everything that chance enters.
-            shape: ``dim``, ``side`` and ``width``.
+            shape: ``dim``, ``side``, ``width`` and ``scale``.
         """
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -189,7 +213,7 @@ class SmallClip(nn.Module):
             rows = torch.randint(len(images), (batch,), generator=rng)
             wording = [row[int(torch.randint(len(row), (1,), generator=rng))] for row in captions]
             z_BD, t_CD = made.embed_image(images[rows]), made.embed_text(wording)
-            logits_BC = made.log_scale.exp().clamp(max=100) * z_BD @ t_CD.mT
+            logits_BC = made.scale * z_BD @ t_CD.mT
             mine_BC = F.one_hot(labels[rows], len(captions)).bool()
             present_C = mine_BC.any(0)
             # A caption's positives are all its pictures: the mean of their log probabilities, as for pictures.
@@ -255,11 +279,13 @@ def save_tower(tower: TextTower, path: str | Path) -> None:
     if isinstance(tower, NamedSounds):
         write_json(path / META, {"tower": "NamedSounds", "names": tower.names})
     elif isinstance(tower, SmallClip):
-        shape = {"dim": tower.dim, "side": tower.side, "width": tower.width}
+        shape = {"dim": tower.dim, "side": tower.side, "width": tower.width, "scale": tower.scale}
         write_json(path / META, {"tower": "SmallClip", "words": tower.words, "shape": shape})
         save_file({name: t.contiguous() for name, t in tower.state_dict().items()}, path / WEIGHTS)
     else:
-        raise TypeError(f"a {type(tower).__name__} cannot be saved with the model; save it by its own means, and give text=")
+        raise TypeError(
+            f"a {type(tower).__name__} cannot be saved with the model; save it by its own means, and give text="
+        )
 
 
 def load_tower(path: str | Path) -> TextTower:

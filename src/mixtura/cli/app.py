@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde
+from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, separate, solve_pde
 
 __all__ = ["app", "main"]
 
@@ -33,6 +33,7 @@ cluster.add_to(app)
 discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
+separate.add_to(app)
 claims.add_to(app)
 
 
@@ -76,7 +77,8 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        rooms = {"pandas": "density", "pyarrow": "density", "sklearn": "density", "soundfile": "audio"}
+        extra = rooms.get(error.name.partition(".")[0], "lm")
         return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"

@@ -6,7 +6,7 @@ run that was interrupted and resumed sees the same batches as one that was not, 
 - AdamW, decay on matrices only; linear warm-up, cosine to a floor; gradients clipped by their global norm.
 - Masked weights (:mod:`mixtura.core.sparse_layers`) stay masked: a sparse model leaves a training as sparse as it came.
 - A loss that is not finite stops the run before the optimizer moves.
-- A checkpoint is a directory of safetensors and JSON: weights, optimizer moments, step, losses. Nothing is pickled.
+- A checkpoint is a directory of safetensors and JSON: weights, running statistics, optimizer moments, step, losses. Nothing is pickled.
 """
 
 import logging
@@ -112,6 +112,7 @@ def fit(
     label: str = "train",
     describe: Mapping[str, Any] | None = None,
     masks: MaskConfig | None = None,
+    stop: int | None = None,
 ) -> History:
     """Train the parameters of ``model`` that require gradients.
 
@@ -126,6 +127,8 @@ def fit(
         label: name on the progress bar.
         describe: facts about the data that must agree between the checkpoint and a resumed run.
         masks: how the masks of a sparse model move; ``None`` keeps them where they are.
+        stop: leave the run after this many steps and keep its state in ``out``; copies of that directory are then resumed as
+            branches of one run.
     Returns:
         Losses, one a step, those before a resumption included.
     Raises:
@@ -133,6 +136,10 @@ def fit(
         ValueError: the checkpoint in ``out`` is of another model, data or schedule (first difference named), or ``masks``
             for a model that has none.
     """
+    if stop is not None and (out is None or stop < 1):
+        raise ValueError(
+            f"stop must be at least 1 and needs out, where the state is kept; got stop={stop} and out={out}"
+        )
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so there is nothing to train")
@@ -145,7 +152,7 @@ def fit(
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
     if out is not None and resume and (out / META).exists():
-        history.losses = _restore(out, trained, optimizer, facts, moving)
+        history.losses = _restore(out, model, trained, optimizer, facts, moving)
         first = history.resumed_at = len(history.losses)
         log.info("resumed %s at step %d from %s", label, first, out)
     mode = model.training
@@ -153,12 +160,13 @@ def fit(
     step = first
     try:
         with bar(desc=label, unit="step", total=config.steps, initial=first) as shown:
-            for step in range(first, config.steps):
+            for step in range(first, min(config.steps, stop or config.steps)):
                 history.losses.append(_step(trained, loss_at, moving or optimizer, step, config))
                 shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
                 shown.update()
-                if out is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                    _save(out, trained, optimizer, history, facts, moving)
+                due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
+                if out is not None and (due or step + 1 == stop):
+                    _save(out, model, trained, optimizer, history, facts, moving)
     except KeyboardInterrupt:
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
@@ -219,8 +227,19 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
     return facts
 
 
+def _running(model: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances of normalisation: they move with the steps, and no gradient brings them back."""
+    return {
+        f"{at}.{name}" if at else name: buffer
+        for at, module in model.named_modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
 def _save(
     out: Path,
+    model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     history: History,
@@ -231,6 +250,8 @@ def _save(
     if moving is not None:
         for name, found in moving.masked.items():
             tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
+    for name, running in _running(model).items():
+        tensors[f"buffer/{name}"] = running.contiguous()
     for name, p in trained.items():
         tensors[f"weight/{name}"] = p.detach().contiguous()
         for key, value in optimizer.state.get(p, {}).items():
@@ -242,6 +263,7 @@ def _save(
 
 def _restore(
     out: Path,
+    model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
@@ -270,6 +292,10 @@ def _restore(
             state.pop(own, None)
         if state:
             optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+    with torch.no_grad():
+        for name, running in _running(model).items():
+            if (kept_buffer := tensors.get(f"buffer/{name}")) is not None:
+                running.copy_(kept_buffer)
     if moving is not None:
         kept = [{n: tensors[f"{kind}/{n}"] for n in moving.masked} for kind in ("mask", "union")]
         moving.restore(kept[0], kept[1], len(meta["losses"]))

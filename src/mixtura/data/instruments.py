@@ -164,11 +164,29 @@ def render(midi: bytes, rate: int, font: Path | None = None) -> NDArray[np.float
     font = font or find_font()
     program = shutil.which("fluidsynth")
     if program is None:
-        raise MissingData("fluidsynth renders instruments; install it with: apt-get install fluidsynth timgm6mb-soundfont")
+        raise MissingData(
+            "fluidsynth renders instruments; install it with: apt-get install fluidsynth timgm6mb-soundfont"
+        )
     with tempfile.TemporaryDirectory() as folder:
         source, out = Path(folder) / "in.mid", Path(folder) / "out.wav"
         source.write_bytes(midi)
-        command = [program, "-ni", "-q", "-r", str(rate), "-g", "0.6", "-R", "0", "-C", "0", "-F", str(out), str(font), str(source)]
+        command = [
+            program,
+            "-ni",
+            "-q",
+            "-r",
+            str(rate),
+            "-g",
+            "0.6",
+            "-R",
+            "0",
+            "-C",
+            "0",
+            "-F",
+            str(out),
+            str(font),
+            str(source),
+        ]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode or not out.exists():
             raise RuntimeError(f"fluidsynth failed: {(done.stderr or done.stdout).strip()[-300:]}")
@@ -185,7 +203,9 @@ def phrases(
     ticks = round(2 * TICKS * seconds)
     for i in range(count):
         start = round(2 * TICKS * i * (seconds + gap))
-        step = int(rng.choice([TICKS // 2, TICKS // 3, TICKS, TICKS // 4 if drums else TICKS // 2]) * rng.uniform(0.8, 1.25))
+        step = int(
+            rng.choice([TICKS // 2, TICKS // 3, TICKS, TICKS // 4 if drums else TICKS // 2]) * rng.uniform(0.8, 1.25)
+        )
         scale, root = scales[rng.integers(len(scales))], int(rng.integers(12))
         allowed = [p for p in range(low, high + 1) if drums or (p - root) % 12 in scale]
         place = int(rng.integers(len(allowed)))
@@ -260,4 +280,6 @@ def render_clips(
     made = Clips(np.stack(waves), np.array(labels), np.array(programs_of), names, rate)
     with atomic_file(kept) as beside, beside.open("wb") as file:
         np.savez(file, waves=np.round(made.waves * 32767).astype(np.int16), labels=made.labels, presets=made.presets)
-    return Clips(np.round(made.waves * 32767).astype(np.int16).astype(np.float32) / 32767, made.labels, made.presets, names, rate)
+    return Clips(
+        np.round(made.waves * 32767).astype(np.int16).astype(np.float32) / 32767, made.labels, made.presets, names, rate
+    )

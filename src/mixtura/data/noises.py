@@ -41,7 +41,9 @@ def bursts(n: int, size: int, rate: int, *, seed: int = 0) -> NDArray[np.float32
             noise = np.fft.irfft(shape * np.fft.rfft(rng.standard_normal(size)), size)
             start, length = rng.integers(0, size), rng.uniform(0.05, 0.8) * rate
             along = np.arange(size) - start
-            envelope = np.where(along >= 0, np.exp(-np.maximum(along, 0) / length), 0) * np.clip(along / (0.01 * rate), 0, 1)
+            envelope = np.where(along >= 0, np.exp(-np.maximum(along, 0) / length), 0) * np.clip(
+                along / (0.01 * rate), 0, 1
+            )
             burst = noise * envelope
             clip += (burst / max(float(np.sqrt(np.mean(burst**2))), 1e-9) * rng.uniform(0.3, 1)).astype(np.float32)
         clip *= LOUDNESS / max(float(np.sqrt(np.mean(clip**2))), 1e-9)
@@ -99,7 +101,9 @@ def _spoken(voice: str, text: str, rate: int) -> NDArray[np.float32]:
         raise MissingData(f"the voice {voice!r} needs {engine}; install both with: apt-get install flite espeak-ng")
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "out.wav"
-        arguments = ["-voice", name, "-t", text, "-o", str(out)] if engine == "flite" else ["-v", name, "-w", str(out), text]
+        arguments = (
+            ["-voice", name, "-t", text, "-o", str(out)] if engine == "flite" else ["-v", name, "-w", str(out), text]
+        )
         subprocess.run([program, *arguments], capture_output=True, check=True)
         wave, own = soundfile.read(out, dtype="float32")
     return resample_poly(wave, rate, own).astype(np.float32)

@@ -90,7 +90,9 @@ class NoiseInvariantLoss(nn.Module):
         n = query_logits.shape[1]
         loss = best_B.mean() + self.weight * F.relu(noise.sum(1).mean() - self.gamma * n / 2)
         if self.hinge:
-            alone_Bnn = _cross_entropy(noise[:, None].expand(-1, n, -1, -1, -1), targets[:, :, None], weight[:, None, None])
+            alone_Bnn = _cross_entropy(
+                noise[:, None].expand(-1, n, -1, -1, -1), targets[:, :, None], weight[:, None, None]
+            )
             loss = loss + self.hinge * F.relu(best_B - _smallest(alone_Bnn) + self.epsilon).mean()
         return loss
 

@@ -41,6 +41,9 @@ class QuerySeparator(nn.Module):
         sample_rate: samples a second.
         n_fft, hop: window of a spectrum and distance of its frames, in samples.
         noise_heads: n, as many as sources in a training mixture.
+        spread: standard deviation of the queries' first weights. The paper's tiny one starts all queries alike, and trainings of
+            a thousand steps are over before they part; a few units give each a gate of its own from the start. Masks start at
+            1/2 either way.
         text: turns the words of a query into its embedding; without one ``separate`` takes vectors only.
     Raises:
         ValueError: a fusion that is not known, or a size below 1.
@@ -59,6 +62,7 @@ class QuerySeparator(nn.Module):
         n_fft: int = 1024,
         hop: int = 256,
         noise_heads: int = 2,
+        spread: float = 1e-4,
         text: TextTower | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +89,7 @@ class QuerySeparator(nn.Module):
             "n_fft": n_fft,
             "hop": hop,
             "noise_heads": noise_heads,
+            "spread": spread,
         }
         self.unet = SpectrumUNet(
             maps if fusion == "late" else 1,
@@ -99,14 +104,14 @@ class QuerySeparator(nn.Module):
         self.shift = nn.Parameter(torch.zeros(()))
         for layer in (self.query, *self.noise):
             assert isinstance(layer, nn.Linear)
-            nn.init.normal_(layer.weight, 0.0, 1e-4)
+            nn.init.normal_(layer.weight, 0.0, spread if layer is self.query else max(spread / 10, 1e-4))
             nn.init.zeros_(layer.bias)
 
     # ------------------------------------------------------------------ spectra
 
     def spectrum(self, wave: Tensor, sample_rate: int | None = None) -> Tensor:
         """Complex spectrum of recordings, (..., N) -> (..., Q, L), under windows as long in seconds as the model's."""
-        n_fft, hop = self._frames(sample_rate or self.sample_rate)
+        n_fft, hop = self.frames(sample_rate or self.sample_rate)
         return stft(wave, n_fft, hop)
 
     def magnitude_bands(self, spectrum: Tensor, sample_rate: int | None = None) -> Tensor:
@@ -119,7 +124,8 @@ class QuerySeparator(nn.Module):
         scale = self.n_fft / (2 * (spectrum.shape[-2] - 1))
         return to_bands(spectrum.abs() * scale, self.bands, top=self.sample_rate / rate)
 
-    def _frames(self, rate: int) -> tuple[int, int]:
+    def frames(self, rate: int) -> tuple[int, int]:
+        """Samples of a window and of a hop at another sample rate: as long in seconds as the model's."""
         if rate == self.sample_rate:
             return self.n_fft, self.hop
         hop = max(1, round(self.hop * rate / self.sample_rate))
@@ -160,7 +166,7 @@ class QuerySeparator(nn.Module):
             # From the mean of the pictures' queries: what competes must know the clips, or it is a mere bias.
             rows.append(torch.stack([head(asked_BUK.mean(1)) for head in self.noise], 1))
         found = self._combined(x, torch.cat(rows, 1))
-        return found.split([len_ for len_ in (query.shape[1], found.shape[1] - query.shape[1]) if len_], 1) if noise else found
+        return (found[:, : query.shape[1]], found[:, query.shape[1] :]) if noise else found
 
     def _combined(self, x: Tensor, asked_BUK: Tensor) -> Tensor:
         gate_BUK = asked_BUK.sigmoid()
@@ -231,7 +237,13 @@ class QuerySeparator(nn.Module):
         rate = self._rate(sample_rate, resample)
         parts = list(
             self.stream(
-                [x_RN], self.embed(queries), mask=mask, threshold=threshold, sample_rate=rate, seconds=seconds, overlap=overlap
+                [x_RN],
+                self.embed(queries),
+                mask=mask,
+                threshold=threshold,
+                sample_rate=rate,
+                seconds=seconds,
+                overlap=overlap,
             )
         )
         return torch.cat(parts, -1)
@@ -273,7 +285,7 @@ class QuerySeparator(nn.Module):
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must lie between 0 and 1, got {threshold}")
         rate = sample_rate or self.sample_rate
-        length, shared = _window(seconds, overlap, rate, self._frames(rate)[1] * 2**self.unet.depth)
+        length, shared = _window(seconds, overlap, rate, self.frames(rate)[1] * 2**self.unet.depth)
         was, tail = self.training, None
         self.eval()
         try:
@@ -295,7 +307,7 @@ class QuerySeparator(nn.Module):
         masks_UML = self.logits(magnitude[None], query[None])[0].sigmoid()
         if mask == "binary":
             masks_UML = (masks_UML > threshold).to(masks_UML)
-        return apply_masks(spectrum_RQL, masks_UML, self._frames(rate)[1], x_RN.shape[-1], top=self.sample_rate / rate)
+        return apply_masks(spectrum_RQL, masks_UML, self.frames(rate)[1], x_RN.shape[-1], top=self.sample_rate / rate)
 
     # ------------------------------------------------------------------ on disk
 

@@ -52,7 +52,11 @@ class Mixing:
 
 
 def mixture_loss(
-    model: QuerySeparator, sources: Tensor, query: Tensor, objective: NoiseInvariantLoss | None, mask: MaskKind = "binary"
+    model: QuerySeparator,
+    sources: Tensor,
+    query: Tensor,
+    objective: NoiseInvariantLoss | None,
+    mask: MaskKind = "binary",
 ) -> Tensor:
     """Loss of a batch of mixtures.
 
@@ -85,6 +89,7 @@ def fit_separator(
     augment: Callable[[Tensor, torch.Generator], Tensor] | None = None,
     out: Path | None = None,
     label: str = "separate",
+    stop: int | None = None,
 ) -> History:
     """Train on clips, each with the embedding that queries it.
 
@@ -100,6 +105,7 @@ def fit_separator(
         augment: changes a batch of sources (B, n, N).
         out: directory of the state of an unfinished run.
         label: on the progress bar.
+        stop: leave after so many steps, the state kept in ``out`` (:func:`mixtura.core.training.fit`).
     Raises:
         ValueError: shapes that do not match, clips that are silent or not finite, a number of sources other than that of the
             model's noise heads, or fewer groups than sources.
@@ -122,7 +128,8 @@ def fit_separator(
         device = model.shift.device
         return mixture_loss(model, sources.to(device), query_CD[rows_Bn].to(device), used, mixing.mask)
 
-    return fit(model, loss_at, config, out=out, label=label, describe={"clips": len(waves), "seed": mixing.seed})
+    facts = {"clips": len(waves), "seed": mixing.seed}
+    return fit(model, loss_at, config, out=out, label=label, describe=facts, stop=stop)
 
 
 def fit_from_video(
@@ -137,6 +144,7 @@ def fit_from_video(
     mixing: Mixing | None = None,
     objective: Objective = "noise-invariant",
     out: Path | None = None,
+    stop: int | None = None,
 ) -> History:
     """Train on clips with pictures, without a word: each clip's pictures are its query (the paper's setting).
 
@@ -146,7 +154,7 @@ def fit_from_video(
         frames: pictures of each clip, shape (C, frames, height, width) or (C, frames, 3, height, width).
         tower: frozen; asked once before training.
         gamma, weight: hinge of the noise heads.
-        config, mixing, out: as for :func:`fit_separator`.
+        config, mixing, out, stop: as for :func:`fit_separator`.
         objective: ``"noise-invariant"``, or ``"query"`` for the loss without noise heads.
     """
     if objective not in ("noise-invariant", "query"):
@@ -155,7 +163,7 @@ def fit_from_video(
         flat = torch.cat([tower.embed_image(part) for part in frames.flatten(0, 1).split(512)])
     embeddings = flat.clone().reshape(*frames.shape[:2], -1)
     loss = NoiseInvariantLoss(gamma, weight) if objective == "noise-invariant" else None
-    return fit_separator(model, waves, embeddings, config, mixing=mixing, objective=loss, out=out)
+    return fit_separator(model, waves, embeddings, config, mixing=mixing, objective=loss, out=out, stop=stop)
 
 
 def fit_from_text(
@@ -221,7 +229,9 @@ def _check(
     if silent := int((waves.abs().amax(1) == 0).sum()):
         raise ValueError(f"{silent} of {len(waves)} clips are silent; leave them out")
     if objective is not None and mixing.sources != len(model.noise):
-        raise ValueError(f"mixing has {mixing.sources} sources, and the separator {len(model.noise)} noise heads; they must agree")
+        raise ValueError(
+            f"mixing has {mixing.sources} sources, and the separator {len(model.noise)} noise heads; they must agree"
+        )
     kinds = len(waves) if groups is None else len(groups.unique())
     if kinds < mixing.sources:
         raise ValueError(f"a mixture of {mixing.sources} sources needs as many kinds of clips, got {kinds}")
