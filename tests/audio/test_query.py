@@ -209,7 +209,7 @@ def test_bad_input_is_named(call, message: str):
 
 
 def test_an_unknown_fusion_and_towers_of_another_width_are_named():
-    with pytest.raises(ValueError, match="fusion must be one of .* got 'attention'"):
+    with pytest.raises(ValueError, match=r"fusion must be one of .* got 'attention'"):
         QuerySeparator(5, fusion="attention")
     with pytest.raises(ValueError, match="text gives vectors of width 2, and embed_dim is 5"):
         QuerySeparator(5, text=NamedSounds({"a b": (), "c": ()}))

@@ -1,5 +1,6 @@
 """The training loop: exact resumption, the schedule, and stops that leave the weights alone."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,3 +136,23 @@ def test_no_checkpoint_is_written_where_none_was_asked_for(tmp_path: Path):
     model = small_model()
     fit(model, losses_of(model), TrainConfig(steps=3), out=tmp_path / "s")
     assert not (tmp_path / "s" / META).exists()
+
+
+def test_running_statistics_are_resumed_and_branches_go_on_from_one_beginning(tmp_path: Path):
+    def model():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+
+    def losses(model):
+        return lambda step: model(torch.randn(16, 3, generator=torch.Generator().manual_seed(step)) + 1).square().mean()
+
+    config = TrainConfig(steps=12, lr=1e-2)
+    unbroken, begun, branch = model(), model(), model()
+    fit(unbroken, losses(unbroken), config)
+    assert len(fit(begun, losses(begun), config, out=tmp_path / "begun", stop=5).losses) == 5
+    shutil.copytree(tmp_path / "begun", tmp_path / "branch")
+    assert fit(branch, losses(branch), config, out=tmp_path / "branch").resumed_at == 5
+    for name, value in unbroken.state_dict().items():
+        assert torch.equal(value, branch.state_dict()[name]), name
+    with pytest.raises(ValueError, match="stop must be at least 1 and needs out"):
+        fit(branch, losses(branch), config, stop=5)

@@ -221,9 +221,8 @@ def train(
     last = history.losses[-100:]
     model.save_pretrained(out, half=half, note=note)
     shutil.rmtree(state, ignore_errors=True)
-    say(
-        f"{out} is written; loss over the last steps {sum(last) / len(last):.4f}. Use it: mixtura separate FILE --model {out} -q NAME"
-    )
+    say(f"{out} is written; loss over the last steps {sum(last) / len(last):.4f}")
+    say(f"use it: mixtura separate FILE --model {out} --query NAME")
 
 
 def _model(path: Path | None) -> QuerySeparator:

@@ -6,7 +6,8 @@ run that was interrupted and resumed sees the same batches as one that was not, 
 - AdamW, decay on matrices only; linear warm-up, cosine to a floor; gradients clipped by their global norm.
 - Masked weights (:mod:`mixtura.core.sparse_layers`) stay masked: a sparse model leaves a training as sparse as it came.
 - A loss that is not finite stops the run before the optimizer moves.
-- A checkpoint is a directory of safetensors and JSON: weights, running statistics, optimizer moments, step, losses. Nothing is pickled.
+- A checkpoint is a directory of safetensors and JSON: weights, running statistics, optimizer moments, step, losses.
+  Nothing is pickled.
 """
 
 import logging
