@@ -57,11 +57,12 @@ SCALES: dict[Scale, Size] = {
 }
 
 LIMITS = (
-    "Instruments are rendered by a synthesizer, each seen with one kind of clothes, and two seconds at 8 kHz; the towers are small "
-    "ones trained on clothes and captions, not CLIP. Tests have phrases, voices, texts and bursts that training has not, but the "
-    "same thirty presets. A thousand steps instead of 200,000, so queries start apart (spread 3 instead of 0.0001) and the rate is "
-    "three times the paper's. Masks are used as they are: those with noise heads lie below 1/2, where a threshold of 1/2 would "
-    "silence them. The labelled rival and the sweep of gamma are run for one seed. SDR of 150 mixtures scatters by about 0.2 dB."
+    "Instruments are rendered by a synthesizer, each seen with one kind of clothes, and two seconds at 8 kHz; the towers are "
+    "small ones trained on clothes and captions, not CLIP. Tests have phrases, voices, texts and bursts that training has not, "
+    "but the same thirty presets. A thousand steps instead of 200,000, so queries start apart (spread 3 instead of 0.0001) and "
+    "the rate is three times the paper's. Masks are used as they are: those with noise heads lie below 1/2, where a threshold of "
+    "1/2 would silence them. The labelled rival and the sweep of gamma are run for one seed. SDR of 150 mixtures scatters by "
+    "about 0.2 dB."
 )
 
 
@@ -203,8 +204,8 @@ def run(scale: Scale, seed: int, scratch: Path) -> dict[str, Any]:
     detail[str(GAMMA)] = figures["nit_noise_text"]
     if seed == 0:
         for gamma, weight in SWEEP:
-            found, _ = separated(branch(f"gamma-{gamma}", (gamma, weight)), world.noise, queries["noise"]["text"])
-            detail[str(gamma)] = float(si_sdr(found, world.noise.target).mean())
+            estimate, _ = separated(branch(f"gamma-{gamma}", (gamma, weight)), world.noise, queries["noise"]["text"])
+            detail[str(gamma)] = float(si_sdr(estimate, world.noise.target).mean())
         figures |= labelled(world, size, seed, config, mixing, device)
     return figures | {"detail": {"gamma": detail}}
 
@@ -294,8 +295,8 @@ CLAIM = Claim(
     ),
     metric="SI-SDR and BSS Eval's SDR of the target in dB, mean over mixtures of equal loudness, soft masks, queries in words.",
     baseline=(
-        "The same separator with the same batches, rate and length, without noise heads (CLIPSep); both go on from one first third. "
-        "For one seed also a rival that is told the labels."
+        "The same separator with the same batches, rate and length, without noise heads (CLIPSep); both go on from one first "
+        "third. For one seed also a rival that is told the labels."
     ),
     checks=(
         Check(figure="bridge", at_least=0.85, why="improvement asked by name over that asked by picture"),

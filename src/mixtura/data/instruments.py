@@ -274,12 +274,11 @@ def render_clips(
             clip[: len(part)] = part
             level = float(np.sqrt(np.mean(clip**2)))
             if level >= SILENT:
-                waves.append(np.clip(clip * (LOUDNESS / level), -1, 1))
+                waves.append(np.clip(clip * np.float32(LOUDNESS / level), -1, 1))
                 labels.append(label)
                 programs_of.append(program)
-    made = Clips(np.stack(waves), np.array(labels), np.array(programs_of), names, rate)
+    stored = np.round(np.stack(waves) * 32767).astype(np.int16)
+    made = Clips(stored.astype(np.float32) / np.float32(32767), np.array(labels), np.array(programs_of), names, rate)
     with atomic_file(kept) as beside, beside.open("wb") as file:
-        np.savez(file, waves=np.round(made.waves * 32767).astype(np.int16), labels=made.labels, presets=made.presets)
-    return Clips(
-        np.round(made.waves * 32767).astype(np.int16).astype(np.float32) / 32767, made.labels, made.presets, names, rate
-    )
+        np.savez(file, waves=stored, labels=made.labels, presets=made.presets)
+    return made

@@ -68,7 +68,7 @@ def speech(
     kept = cache_directory() / "speech" / f"{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]}.npz"
     if kept.exists():
         with np.load(kept, allow_pickle=False) as found:
-            return found["waves"].astype(np.float32) / 32767
+            return np.asarray(found["waves"], np.float32) / np.float32(32767)
     topics = corpus("prose", characters=400_000)
     words = " ".join(topics.held_out if held_out else topics.train).split()
     words = [word for word in words if word.strip(".,;:()").isalpha()]
@@ -76,20 +76,20 @@ def speech(
     each = -(-n // len(voices))
     clips: list[NDArray[np.float32]] = []
     for voice in progress(list(voices), desc="speak", unit="voice"):
-        found: list[NDArray[np.float32]] = []
-        while len(found) < each:
+        spoken: list[NDArray[np.float32]] = []
+        while len(spoken) < each:
             at = int(rng.integers(0, max(1, len(words) - 120)))
             wave = _spoken(voice, " ".join(words[at : at + 120]), rate)
             for part in wave[: len(wave) // size * size].reshape(-1, size):
                 level = float(np.sqrt(np.mean(part**2)))
                 if level > 1e-3:
-                    found.append(np.clip(part * (LOUDNESS / level), -1, 1))
-        clips += found[:each]
+                    spoken.append(np.clip(part * np.float32(LOUDNESS / level), -1, 1))
+        clips += spoken[:each]
     order = rng.permutation(len(clips))[:n]
     waves = np.round(np.stack(clips)[order] * 32767).astype(np.int16)
     with atomic_file(kept) as beside, beside.open("wb") as file:
         np.savez(file, waves=waves)
-    return waves.astype(np.float32) / 32767
+    return np.asarray(waves, np.float32) / np.float32(32767)
 
 
 def _spoken(voice: str, text: str, rate: int) -> NDArray[np.float32]:

@@ -53,7 +53,7 @@ class SpectrumUNet(nn.Module):
             self.up_norm.append(nn.Identity() if outermost else nn.BatchNorm2d(inputs))
         self.apply(_start)
         # Channels last: a training step on a CPU takes two thirds of the time.
-        self.to(memory_format=torch.channels_last)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         """Maps of a spectrum.
