@@ -201,9 +201,9 @@ def main() -> None:
                 },
             ],
             "notes": (
-                f"SDR differs from mir_eval's by at most {scored['off']:.0e} dB. htdemucs gives four fixed stems in one pass at its "
-                "full bandwidth; the separator gives what is asked for and hears up to 8 kHz. Which separates better cannot be "
-                "read from random weights."
+                f"SDR differs from mir_eval's by at most {scored['off']:.0e} dB. htdemucs gives four fixed stems in one pass "
+                "at its full bandwidth; the separator gives what is asked for and hears up to 8 kHz. Which separates better "
+                "cannot be read from random weights."
             ),
             "versions of peers": versions("demucs", "mir_eval"),
         },

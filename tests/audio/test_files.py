@@ -113,3 +113,12 @@ def test_an_interrupt_leaves_no_stem_behind(tmp_path):
             writer(torch.zeros(1, 500))
         raise KeyboardInterrupt
     assert list(out.iterdir()) == []
+
+
+def test_a_format_that_cannot_hold_the_channels_is_named(tmp_path):
+    found = open_recording(write(tmp_path / "mix.wav", noise(100, 9)))
+    with (
+        pytest.raises(ValueError, match="has 9 channels and FLAC holds at most 8; write WAV"),
+        write_together([tmp_path / "a.flac"], found),
+    ):
+        pass

@@ -19,6 +19,7 @@ __all__ = ["FORMATS", "Recording", "Survey", "open_recording", "survey", "write_
 
 FORMATS = (".wav", ".flac")
 FULL_SCALE = 0.9999  # a sample of that size or more stands at the end of its range
+FLAC_CHANNELS = 8
 RUN = 3  # so many in a row are a clipped peak, fewer may be a peak that just reaches full scale
 
 
@@ -143,6 +144,10 @@ def write_together(paths: Sequence[Path], recording: Recording) -> Iterator[list
         writers = []
         for path in paths:
             kind = path.suffix.lower().lstrip(".").upper()
+            if kind == "FLAC" and recording.channels > FLAC_CHANNELS:
+                raise ValueError(
+                    f"{recording.path} has {recording.channels} channels and FLAC holds at most {FLAC_CHANNELS}; write WAV"
+                )
             # Samples as they came, where this format has them; else 24 bits, which lose nothing that can be heard.
             subtype = recording.subtype if recording.subtype in soundfile.available_subtypes(kind) else "PCM_24"
             beside = stack.enter_context(atomic_file(path))

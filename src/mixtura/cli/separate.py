@@ -98,7 +98,7 @@ def separate(
         console.print(line, soft_wrap=True, markup=False)
 
     from mixtura.audio.files import open_recording
-    from mixtura.cli.work import check_device
+    from mixtura.cli.device import check_device
 
     check_device(device)
     separator = _model(model)
@@ -166,6 +166,7 @@ def train(
     steps: Annotated[int, typer.Option(help="Steps of 16 mixtures.")] = 1500,
     phrases: Annotated[int, typer.Option(help="Phrases rendered of each program, in the built-in recipe.")] = 60,
     half: Annotated[bool, typer.Option(help="Store float16, half the size.")] = True,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything that chance enters.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will do, and stop.")] = False,
 ) -> None:
@@ -188,12 +189,14 @@ def train(
     import shutil
 
     from mixtura.audio.separate import ready
+    from mixtura.cli.device import check_device
 
     console = Console(highlight=False)
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
 
+    check_device(device)
     if steps < 1 or phrases < 1:
         raise ValueError(f"--steps and --phrases must be at least 1, got {steps} and {phrases}")
     if out.exists() and not out.is_dir():
@@ -205,7 +208,7 @@ def train(
         say(f"train on {phrases} phrases of each program, {len(ready.SOUNDS)} sounds, {steps:,} steps")
         if dry_run:
             return
-        model, history = ready.train_default(state, steps=steps, phrases=phrases, seed=seed)
+        model, history = ready.train_default(state, steps=steps, phrases=phrases, seed=seed, device=device)
         note: dict[str, Any] = {"recipe": f"mixtura separate train --steps {steps} --phrases {phrases} --seed {seed}"}
     else:
         from mixtura.audio.separate.own import read_captions, train_own
@@ -214,7 +217,7 @@ def train(
         say(f"train on {len(clips)} clips of {len({text for _, text in clips})} sounds, {steps:,} steps")
         if dry_run:
             return
-        model, history = train_own(clips, state, steps=steps, seed=seed)
+        model, history = train_own(clips, state, steps=steps, seed=seed, device=device)
         note = {"recipe": f"mixtura separate train --captions {captions.name} --steps {steps} --seed {seed}"}
     if history.resumed_at:
         say(f"went on from step {history.resumed_at}")

@@ -121,7 +121,8 @@ def separate_file(
         )
         for part_URN in parts:
             mixture_RN = _taken(held, part_URN.shape[-1])
-            rest_RN = mixture_RN - part_URN.sum(0).to(mixture_RN)
+            part_URN = part_URN.to(mixture_RN)
+            rest_RN = mixture_RN - part_URN.sum(0)
             for i, piece in enumerate((*part_URN, rest_RN)):
                 writers[i](piece)
                 power[i] += float((piece.double() ** 2).sum())

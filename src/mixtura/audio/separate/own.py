@@ -57,7 +57,12 @@ def read_captions(path: Path, audio: Path) -> list[tuple[Path, str]]:
 
 
 def train_own(
-    clips: Sequence[tuple[Path, str]], state: Path | None = None, *, steps: int = 3000, seed: int = 0
+    clips: Sequence[tuple[Path, str]],
+    state: Path | None = None,
+    *,
+    steps: int = 1500,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> tuple[QuerySeparator, History]:
     """A separator that is asked by the texts of the clips.
 
@@ -67,9 +72,10 @@ def train_own(
         state: directory of an unfinished run, from which the same call goes on.
         steps: of 16 mixtures.
         seed: of everything that chance enters.
+        device: to train on.
     """
     tower = NamedSounds({text: () for _, text in clips})
-    model = new_separator(tower, seed=seed)
+    model = new_separator(tower, seed=seed).to(device)
     waves: list[Tensor] = []
     texts: list[str] = []
     for path, text in progress(list(clips), desc="read", unit="clip"):
@@ -81,7 +87,7 @@ def train_own(
     config = TrainConfig(steps=steps, checkpoint_every=100, seed=seed, **RECIPE)
     mixing = Mixing(batch=16, gain=8.0, mask="ratio", seed=seed)
     history = fit_from_text(model, torch.stack(waves), texts, tower, config, mixing=mixing, out=state)
-    return model.eval(), history
+    return model.cpu().eval(), history
 
 
 def _pieces(path: Path, rate: int) -> list[Tensor]:

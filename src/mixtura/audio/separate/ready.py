@@ -76,7 +76,7 @@ def labelled_sounds(phrases: int, *, rate: int = 16_000, seed: int = 0) -> tuple
 
 
 def train_default(
-    out: Path | None = None, *, steps: int = 1500, phrases: int = 60, seed: int = 0
+    out: Path | None = None, *, steps: int = 1500, phrases: int = 60, seed: int = 0, device: str = "cpu"
 ) -> tuple[QuerySeparator, History]:
     """The recipe of the separator that comes with the package.
 
@@ -85,14 +85,15 @@ def train_default(
         steps: of 16 mixtures of two clips, at -8 to 8 dB each.
         phrases: rendered of each program.
         seed: of everything that chance enters.
+        device: to train on.
     """
     waves, texts = labelled_sounds(phrases, seed=seed)
     tower = NamedSounds(SOUNDS)
-    model = new_separator(tower, seed=seed)
+    model = new_separator(tower, seed=seed).to(device)
     config = TrainConfig(steps=steps, checkpoint_every=100, seed=seed, **RECIPE)
     mixing = Mixing(batch=16, gain=8.0, mask="ratio", seed=seed)
     history = fit_from_text(model, waves, texts, tower, config, mixing=mixing, out=out)
-    return model.eval(), history
+    return model.cpu().eval(), history
 
 
 def new_separator(tower: TextTower, *, seed: int = 0) -> QuerySeparator:
