@@ -1,11 +1,15 @@
 """The separator asked by queries: the network's parts, what it writes back, streams, disk, errors."""
 
+import shutil
+
+import numpy as np
 import pytest
 import torch
 
 from mixtura.audio import NamedSounds, QuerySeparator, separate
-from mixtura.audio.separate import SpectrumUNet, apply_masks
+from mixtura.audio.separate import SpectrumUNet, apply_masks, bss_eval
 from mixtura.core.spectrum import mask_targets, stft
+from mixtura.data import instruments
 
 SMALL = {"maps": 4, "depth": 2, "width": 4, "bands": 16, "sample_rate": 8000, "n_fft": 128, "hop": 32}
 
@@ -136,6 +140,29 @@ def test_a_true_mask_through_the_whole_chain_recovers_the_source():
     found = apply_masks(stft(mix[None], 512, 128), masks, 128, 16000)[:, 0]
     for estimate, source in zip(found, (low, high), strict=True):
         assert float(10 * torch.log10((source**2).sum() / ((estimate - source) ** 2).sum())) > 13
+
+
+@pytest.mark.skipif(
+    shutil.which("fluidsynth") is None or not (instruments.FONTS / "TimGM6mb.sf2").exists(),
+    reason="needs fluidsynth and timgm6mb-soundfont",
+)
+def test_ideal_masks_through_the_whole_chain_reach_what_masks_can_on_rendered_pairs(monkeypatch, tmp_path):
+    monkeypatch.setenv("MIXTURA_CACHE", str(tmp_path))
+    clips = instruments.render_clips(instruments.FAMILIES, 3, presets=[0], seed=5)
+    model, rng = small(bands=96, n_fft=512, hop=128), np.random.default_rng(0)
+    scores: dict[str, list[float]] = {"binary": [], "ratio": []}
+    while len(scores["ratio"]) < 16:
+        i, j = rng.integers(len(clips.waves), size=2)
+        if clips.labels[i] == clips.labels[j]:
+            continue
+        sources = torch.from_numpy(clips.waves[[i, j]])
+        mix = sources.sum(0, keepdim=True)
+        magnitude = model.magnitude_bands(model.spectrum(torch.cat([sources, mix])))
+        for kind, found in scores.items():
+            mask = mask_targets(magnitude[None, :2], magnitude[None, 2], kind)[0, :1]
+            estimate = apply_masks(model.spectrum(mix), mask, 128, mix.shape[-1])[0, 0]
+            found.append(float(bss_eval(estimate, sources).sdr))
+    assert np.mean(scores["binary"]) >= 9 and np.mean(scores["ratio"]) >= 13
 
 
 def test_another_sample_rate_keeps_its_own_and_hears_the_same():

@@ -238,7 +238,8 @@ def judged(figures: dict[str, Any], scores: dict[str, Tensor]) -> dict[str, floa
     def over_both(asked: str) -> float:
         return float(np.mean([figures[f"nit_{kind}_{asked}"] - figures[f"mixture_{kind}"] for kind in KINDS]))
 
-    found["bridge"] = over_both("text") / over_both("picture") if over_both("picture") > 0 else float("nan")
+    # Where pictures themselves gain nothing, nothing was bridged.
+    found["bridge"] = over_both("text") / over_both("picture") if over_both("picture") > 0 else 0.0
     found["wrong_name_loss"] = over_both("text") - over_both("wrong")
     return found
 
