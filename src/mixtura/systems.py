@@ -305,6 +305,11 @@ SYSTEMS: tuple[System, ...] = (
         "2212.07065",
         "audio",
         "The sound that a text names, separated from a recording, learned from noisy unlabelled clips.",
+        entry=(
+            "mixtura.audio.QuerySeparator",
+            "mixtura.audio.NoiseInvariantLoss",
+            "mixtura.audio.separate",
+        ),
     ),
     System(
         "audio-codec",

@@ -21,6 +21,7 @@ from mixtura.cli import (
     lm,
     outliers,
     regress,
+    separate,
     solve_pde,
     unmix,
 )
@@ -33,6 +34,7 @@ EXTRAS = {
     "pandas": "density",
     "pyarrow": "density",
     "sklearn": "density",
+    "soundfile": "audio",
     "spectral": "vision",
 }
 
@@ -58,6 +60,7 @@ solve_pde.add_to(app)
 classify.add_to(app)
 unmix.add_to(app)
 outliers.add_to(app)
+separate.add_to(app)
 claims.add_to(app)
 
 
