@@ -112,6 +112,7 @@ def fit(
     label: str = "train",
     describe: Mapping[str, Any] | None = None,
     masks: MaskConfig | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> History:
     """Train the parameters of ``model`` that require gradients.
 
@@ -126,6 +127,8 @@ def fit(
         label: name on the progress bar.
         describe: facts about the data that must agree between the checkpoint and a resumed run.
         masks: how the masks of a sparse model move; ``None`` keeps them where they are.
+        carried: what changes from step to step without a gradient, such as a queue or a slowly following network: saved with
+            every checkpoint, and overwritten in place from it on resuming.
     Returns:
         Losses, one a step, those before a resumption included.
     Raises:
@@ -145,7 +148,7 @@ def fit(
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
     if out is not None and resume and (out / META).exists():
-        history.losses = _restore(out, trained, optimizer, facts, moving)
+        history.losses = _restore(out, trained, optimizer, facts, moving, carried or {})
         first = history.resumed_at = len(history.losses)
         log.info("resumed %s at step %d from %s", label, first, out)
     mode = model.training
@@ -158,7 +161,7 @@ def fit(
                 shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
                 shown.update()
                 if out is not None and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                    _save(out, trained, optimizer, history, facts, moving)
+                    _save(out, trained, optimizer, history, facts, moving, carried or {})
     except KeyboardInterrupt:
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
@@ -226,8 +229,9 @@ def _save(
     history: History,
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
+    carried: Mapping[str, Tensor],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {f"carried/{name}": t.detach().contiguous() for name, t in carried.items()}
     if moving is not None:
         for name, found in moving.masked.items():
             tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
@@ -246,6 +250,7 @@ def _restore(
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
+    carried: Mapping[str, Tensor],
 ) -> list[float]:
     meta = read_json(out / META)
     parts = (facts.keys() | meta.keys()) - {"losses"}
@@ -266,10 +271,17 @@ def _restore(
         with torch.no_grad():
             p.copy_(saved)
         state = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
-        for own in ("weight", "mask", "union"):
+        for own in ("weight", "mask", "union", "carried"):
             state.pop(own, None)
         if state:
             optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+    for name, t in carried.items():
+        saved = tensors.get(f"carried/{name}")
+        if saved is None or saved.shape != t.shape:
+            came = "nothing" if saved is None else str(tuple(saved.shape))
+            raise ValueError(f"{out} holds another run: {name} is {tuple(t.shape)} here and {came} there")
+        with torch.no_grad():
+            t.copy_(saved)
     if moving is not None:
         kept = [{n: tensors[f"{kind}/{n}"] for n in moving.masked} for kind in ("mask", "union")]
         moving.restore(kept[0], kept[1], len(meta["losses"]))

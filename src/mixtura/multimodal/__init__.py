@@ -1,0 +1,1 @@
+"""Text with text, images and sound."""
