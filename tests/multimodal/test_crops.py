@@ -1,5 +1,7 @@
 """Crops follow their law: lengths, starts, deletions, documents; and a step's batch depends on the step alone."""
 
+import itertools
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -17,17 +19,15 @@ def test_lengths_are_uniform_in_the_share_and_starts_are_uniform():
         counts = np.histogram((lengths + 0.5) / 256, bins=np.linspace(12.8, 128, 13) / 256)[0]
         edges = np.linspace(12.8, 128, 13)
         # A length l holds shares from l / 256 to (l + 1) / 256.
-        held = [sum(max(0, min(hi, n + 1) - max(lo, n)) for n in _of_bin(lo, hi)) for lo, hi in _pairs(edges)]
+        held = [
+            sum(max(0, min(hi, n + 1) - max(lo, n)) for n in _of_bin(lo, hi)) for lo, hi in itertools.pairwise(edges)
+        ]
         assert stats.chisquare(counts, np.array(held) / sum(held) * counts.sum()).pvalue > 0.01
         room = np.array([256 - n for n in lengths])
         begin = np.array([crop[0] for crop in side])
         where = np.histogram((begin + rng.random(len(begin))) / (room + 1), bins=10, range=(0, 1))[0]
         assert stats.chisquare(where).pvalue > 0.01
         assert all((np.diff(crop) == 1).all() for crop in side[:50])
-
-
-def _pairs(edges):
-    return list(zip(edges[:-1], edges[1:], strict=True))
 
 
 def _of_bin(lo, hi):

@@ -66,10 +66,9 @@ def test_the_follower_moves_first_the_keys_of_a_step_are_no_negatives_and_then_e
 
 def test_training_brings_documents_of_a_topic_together_without_a_label(tokenizer):
     # Most words are of every topic, so that at first documents are alike for the wrong words.
-    rng, encoder = np.random.default_rng(0), make(tokenizer)
+    rng, encoder, filling = np.random.default_rng(0), make(tokenizer), ["a", "the", "of", "in", "with"]
     texts = [
-        " ".join(rng.permutation([*rng.choice(TOPICS[i % 4].split(), 8), *rng.choice("a the of in with".split(), 12)]))
-        for i in range(60)
+        " ".join(rng.permutation([*rng.choice(TOPICS[i % 4].split(), 8), *rng.choice(filling, 12)])) for i in range(60)
     ]
     data = CropDataset(tokenizer.ids(texts))
 

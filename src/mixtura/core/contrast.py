@@ -1,6 +1,7 @@
 """Contrastive losses: two views of a thing come together, different things move apart.
 
-Shapes: B things of a batch, D width of an embedding, K keys in a queue, C prototypes, S = 2B rows where both views of all things are stacked.
+Shapes: B things of a batch, D width of an embedding, K keys in a queue, C prototypes, S = 2B rows where both views of all
+things are stacked.
 Embeddings are compared by the inner product of what comes in: give unit vectors (``torch.nn.functional.normalize``) for
 the cosine that the papers of the first two mean.
 
@@ -8,8 +9,8 @@ Negatives need not come from the batch: in :class:`KeyQueue` the keys of the las
 them follows the trained one so slowly (:func:`follow`) that old keys still agree with new ones.
 
 Source: van den Oord et al. 2018 (1807.03748), eq. 4, in the form of Chen et al. 2020 (2002.05709), eq. 1; Khosla et al.
-2020 (2004.11362), eq. 2; Li et al. 2021 (2005.04966), eq. 11-12; Gutmann and Hyvärinen 2012 for the pair loss; He et al. 2020 (1911.05722),
-eq. 1-2 and algorithm 1, for the queue.
+2020 (2004.11362), eq. 2; Li et al. 2021 (2005.04966), eq. 11-12; Gutmann and Hyvärinen 2012 for the pair loss; He et al.
+2020 (1911.05722), eq. 1-2 and algorithm 1, for the queue.
 """
 
 from __future__ import annotations

@@ -92,7 +92,6 @@ def read_qrels(path: str | Path) -> Qrels:
                 qrels.setdefault(query, {})[document] = int(grade)
             except ValueError as error:
                 if number == 1:
-                    qrels.pop(query)
                     continue  # the header
                 raise ValueError(f"{path}, line {number}: a grade is a whole number, got {grade!r}") from error
     return qrels

@@ -122,7 +122,7 @@ class TextEncoder(nn.Module):
             else:
                 self.backbone = None
                 self.table = nn.Embedding(config.vocab_size, config.width)
-                nn.init.normal_(self.table.weight, std=config.width**-0.5)
+                nn.init.normal_(self.table.weight, std=0.02)  # as BERT's
         self.tokenizer.marks = self.tokenizer.marks or (config.layers > 0 and tokenizer.first is not None)
 
     @property

@@ -277,7 +277,7 @@ class SearchIndex:
         stale = None
         if last is not None and last[3] + len(vectors) <= SHARD:
             # A small last file is written again with the new rows, so that many small runs do not leave many files.
-            shard, stale, begin, before = last
+            shard, stale, begin, _ = last
             whole = np.concatenate([self._vectors(stale), vectors])
         else:
             shard, begin, whole = (1 if last is None else last[0] + 1), first, vectors
@@ -431,3 +431,8 @@ class _Pending:
         self.vectors.append(self.index.encoder.encode(texts, 256, label=None).astype(np.float16))
         self.rows += [(document, passage.line, passage.text) for document, passage in self.read]
         self.read = []
+
+
+def _note(done: Added, name: str, reason: str) -> None:
+    done.n_refused += 1
+    done.refused += [(name, reason)] * (len(done.refused) < 100)
