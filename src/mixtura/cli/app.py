@@ -10,9 +10,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, solve_pde
+from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, regress, search, solve_pde
 
 __all__ = ["app", "main"]
+
+EXTRAS = {"density": ("pandas", "pyarrow", "sklearn"), "search": ("bm25s", "Stemmer", "tokenizers")}
 
 app = typer.Typer(
     name="mixtura",
@@ -33,6 +35,7 @@ cluster.add_to(app)
 discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
+search.add_to(app)
 claims.add_to(app)
 
 
@@ -76,7 +79,8 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        package = error.name.partition(".")[0]
+        extra = next((extra for extra, packages in EXTRAS.items() if package in packages), "lm")
         return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"

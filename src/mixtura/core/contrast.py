@@ -262,7 +262,8 @@ def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
     """
     if not 0 <= momentum <= 1:
         raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
-    followers, leaders = list(slow.parameters()), [p.detach() for p in fast.parameters()]
+    followers: list[Tensor] = list(slow.parameters())
+    leaders = [p.detach() for p in fast.parameters()]
     if followers:
         torch._foreach_lerp_(followers, leaders, 1 - momentum)
     for mine, theirs in zip(slow.buffers(), fast.buffers(), strict=True):

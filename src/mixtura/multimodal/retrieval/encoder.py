@@ -155,8 +155,9 @@ class TextEncoder(nn.Module):
         """Embeddings of texts in one row, shape (B, D): as :meth:`forward` of the same texts padded, without the padding."""
         device = self.device
         if self.table is None or (self.training and self.config.dropout):
-            ids, there = self.tokenizer.marked(texts).padded(self.tokenizer.pad)
-            return self(torch.from_numpy(ids).to(device), torch.from_numpy(there).to(device))
+            padded, there = self.tokenizer.marked(texts).padded(self.tokenizer.pad)
+            out: Tensor = self(torch.from_numpy(padded).to(device), torch.from_numpy(there).to(device))
+            return out
         ids, starts = torch.from_numpy(texts.ids).to(device), torch.from_numpy(texts.starts).to(device)
         return self._finished(F.embedding_bag(ids, self.table.weight, starts, mode="mean").float())
 

@@ -93,10 +93,11 @@ class DenseIndex:
                     best[place] = merge_best(best[place], found, k)
         if not best:
             return Found(np.zeros((len(q), 0), np.float32), np.zeros((len(q), 0), np.int64))
-        scores, rows = (torch.cat(parts).numpy() for parts in zip(*best, strict=True))
-        scores[~q.numpy().any(1)] = -np.inf
-        rows[scores == -np.inf] = -1
-        return Found(scores, rows)
+        values: np.ndarray = torch.cat([pair[0] for pair in best]).numpy()
+        rows: np.ndarray = torch.cat([pair[1] for pair in best]).numpy()
+        values[~q.numpy().any(1)] = -np.inf
+        rows[values == -np.inf] = -1
+        return Found(values, rows)
 
     def _blocks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         first = self._empty is None

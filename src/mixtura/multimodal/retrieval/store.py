@@ -103,13 +103,14 @@ class SearchIndex:
         path: the directory.
         encoder: what embeds passages and questions; must be the one that the index was made with.
         create: make an index where there is none.
+        model: how the encoder was named, for whoever opens the index next; see :meth:`model_of`.
     Raises:
         FileNotFoundError: there is none, and ``create`` is off.
         ValueError: an index of another encoder, of another version, damaged, or half copied.
     """
 
-    def __init__(self, path: str | Path, encoder: TextEncoder, *, create: bool = False) -> None:
-        self.path, self.encoder = Path(path), encoder
+    def __init__(self, path: str | Path, encoder: TextEncoder, *, create: bool = False, model: str = "") -> None:
+        self.path, self.encoder, self.model = Path(path), encoder, model
         made = self.path / DATABASE
         if not made.exists():
             leftovers = sorted(self.path.glob("vectors-*.npy")) if self.path.is_dir() else []
@@ -140,9 +141,24 @@ class SearchIndex:
                 raise RuntimeError(f"this Python's SQLite cannot index words ({error}); it needs FTS5") from error
             settings = {"kind": KIND, "version": VERSION, "encoder": self.encoder.fingerprint()}
             settings |= {"width": self.encoder.width, "normalize": self.encoder.config.normalize, "visit": 0}
+            settings |= {"model": self.model}
             db.executemany("INSERT INTO settings VALUES (?, ?)", [(k, str(v)) for k, v in settings.items()])
             db.commit()
             db.close()
+
+    @staticmethod
+    def model_of(path: str | Path) -> str | None:
+        """Name of the encoder that an index was made with, empty for the default one; ``None`` where there is no index."""
+        made = Path(path) / DATABASE
+        if not made.exists():
+            return None
+        try:
+            db = sqlite3.connect(made)
+            row = db.execute("SELECT value FROM settings WHERE name = 'model'").fetchone()
+            db.close()
+        except sqlite3.DatabaseError as error:
+            raise ValueError(f"{made} is damaged ({error}); delete {path} and index again") from error
+        return str(row[0]) if row else ""
 
     def _check(self) -> None:
         settings = dict(self.db.execute("SELECT name, value FROM settings"))

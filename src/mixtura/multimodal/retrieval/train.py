@@ -11,6 +11,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +48,7 @@ class UnsupervisedConfig:
     queue: int = 8192
     momentum: float = 0.995
     temperature: float = 0.05
-    lr: float = 5e-3
+    lr: float = 2e-2
     label_smoothing: float = 0.0
     seed: int = 0
 
@@ -164,7 +165,13 @@ def train_unsupervised(
         seed=config.seed,
         checkpoint_every=checkpoint_every,
     )
-    facts = {"documents": len(data), "tokens": len(data.ids), "way": data.way, "batch": config.batch, "queue": size}
+    facts: dict[str, Any] = {
+        "documents": len(data),
+        "tokens": len(data.ids),
+        "way": data.way,
+        "batch": config.batch,
+        "queue": size,
+    }
     facts |= {"momentum": config.momentum, "temperature": config.temperature}
     return fit(
         learner, loss_at, schedule, out=out, resume=resume, label=label, describe=facts, carried=learner.carried()
