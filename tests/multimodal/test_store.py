@@ -7,7 +7,7 @@ import pytest
 
 from mixtura.multimodal.retrieval import store
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
-from mixtura.multimodal.retrieval.passages import documents_of, passages
+from mixtura.multimodal.retrieval.passages import Document, documents_of, passages
 from mixtura.multimodal.retrieval.store import SearchIndex
 from mixtura.multimodal.retrieval.tokenizer import train_tokenizer
 
@@ -104,6 +104,26 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_run_goes_on(folder, encode
     index.close()
     index, done = indexed(folder, encoder)
     assert (done.unchanged, done.added, len(index), index.n_passages) == (11, 12, 23, 23)
+
+
+def test_a_document_broken_off_in_the_middle_is_read_again(folder, encoder, monkeypatch):
+    (folder / "a-long.txt").write_text("\n\n".join(f"paragraph {i} " + "of a long text. " * 60 for i in range(9)))
+    monkeypatch.setattr(store, "BATCH", 1)
+
+    class Broken(Document):
+        def passages(self):
+            yield from list(super().passages())[:4]
+            raise KeyboardInterrupt
+
+    index = SearchIndex(folder.parent / "index", encoder, create=True)
+    first = next(documents_of(folder))
+    with pytest.raises(KeyboardInterrupt):
+        index.add([Broken(first.name, first.stamp, first.path)], str(folder))
+    assert len(index) == 0 and index.n_passages == 4
+    index.close()
+    index, done = indexed(folder, encoder)
+    assert done.unchanged == 0 and len(index) == 4
+    assert index.n_passages == 3 + len(list(first.passages()))
 
 
 def test_a_kill_in_the_middle_leaves_the_index_as_it_was(folder, encoder):

@@ -29,6 +29,7 @@ WEIGHTS = (
     0.6,
     0.7,
 )  # of the vectors in a fusion; one is chosen on the questions set aside for it
+MULTILINGUAL: dict[str, Any] = {"ratio": (0.1, 0.5), "delete": 0.0}  # the paper's own, for many languages
 TAUGHT: dict[str, Way] = {"cropping": "independent", "cloze": "cloze", "identical": "identical"}
 
 LIMITS = "To be written."
@@ -43,15 +44,19 @@ def learned(
     seed: int,
     label: str,
     groups: list[int] | None = None,
+    **cut: Any,
 ) -> tuple[TextEncoder, History]:
-    """An encoder from nothing, trained on texts in one of the ways; ``None`` leaves it as it was made."""
+    """An encoder from nothing, trained on texts in one of the ways; ``None`` leaves it as it was made.
+
+    ``cut`` is what :class:`CropDataset` takes beside.
+    """
     # Identical crops differ by dropout alone, which is what that way of learning consists of.
     dropout = 0.1 if way == "identical" else 0.0
     config = EncoderConfig(vocab_size=len(tokenizer), width=WIDTH, dropout=dropout)
     encoder = TextEncoder(config, tokenizer, seed=seed)
     if way is None:
         return encoder, History()
-    data = CropDataset(ids, way=way, groups=groups)
+    data = CropDataset(ids, way=way, groups=groups, **cut)
     contrast = UnsupervisedConfig(steps=steps, batch=size.batch, queue=size.queue, lr=RATE, seed=seed)
     return encoder, train_unsupervised(encoder, data, contrast, label=label)
 
@@ -138,6 +143,7 @@ def across(ready: Prepared, size: Size, seed: int) -> dict[str, Any]:
         seed,
         "cropping, all languages",
         ready.groups,
+        **MULTILINGUAL,
     )
     index = DenseIndex(encoder.encode(ready.documents, 256, label=None))
     weight = chosen_weight([(searched(encoder, index, asked, size), asked) for asked in ready.dev_abroad.values()])

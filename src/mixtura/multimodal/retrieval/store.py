@@ -41,6 +41,11 @@ SHARD = 65_536  # passages of a file of vectors, at most
 BATCH = 1_024  # passages encoded at a time
 SAVE = 16_384  # passages after which what is done is made to last
 DEPTH = 200  # passages that each way of searching brings to the fusion, at least
+COMMON = (
+    "a an and are as at be by can do does for from has have how i if in is it my not of on or that the their there this to "
+    "was what when where which who why will with you your"
+)
+STOP = frozenset(COMMON.split())
 DENSE_WEIGHT = 0.3  # of meaning beside words; chosen on questions that no claim is measured on
 
 SCHEMA = """
@@ -49,6 +54,7 @@ CREATE TABLE shards (shard INTEGER PRIMARY KEY, file TEXT NOT NULL, first INTEGE
 CREATE TABLE documents (document INTEGER PRIMARY KEY, source TEXT NOT NULL, name TEXT NOT NULL, stamp TEXT NOT NULL,
                         visit INTEGER NOT NULL, UNIQUE (source, name));
 CREATE TABLE passages (row INTEGER PRIMARY KEY, document INTEGER NOT NULL, line INTEGER NOT NULL, text TEXT NOT NULL);
+CREATE TABLE forgotten (row INTEGER PRIMARY KEY);
 CREATE INDEX passages_of ON passages (document);
 CREATE VIRTUAL TABLE words USING fts5 (text, content='passages', content_rowid='row', tokenize='porter unicode61');
 """
@@ -283,6 +289,7 @@ class SearchIndex:
     def _forget(self, document: int) -> None:
         rows = self.db.execute("SELECT row, text FROM passages WHERE document = ?", (document,)).fetchall()
         self.db.executemany("INSERT INTO words (words, rowid, text) VALUES ('delete', ?, ?)", rows)
+        self.db.executemany("INSERT INTO forgotten VALUES (?)", [(row,) for row, _ in rows])
         self.db.execute("DELETE FROM passages WHERE document = ?", (document,))
         self.db.execute("DELETE FROM documents WHERE document = ?", (document,))
 
@@ -374,9 +381,12 @@ class SearchIndex:
         best: tuple[torch.Tensor, torch.Tensor] | None = None
         for first, file in self.db.execute("SELECT first, file FROM shards ORDER BY shard").fetchall():
             vectors = self._vectors(file)
-            live = self._live(first, len(vectors))
-            if live is not None:
-                vectors = np.where(live[:, None], vectors, np.float16(0))
+            gone = self.db.execute(
+                "SELECT row FROM forgotten WHERE row >= ? AND row < ?", (first, first + len(vectors))
+            )
+            if at := [row - first for (row,) in gone]:
+                vectors = np.array(vectors)
+                vectors[at] = 0  # as an empty document's: never found
             found = DenseIndex(vectors).search(q, k)
             rows = np.where(found.rows >= 0, found.rows + first, -1)
             pair = (torch.from_numpy(found.scores), torch.from_numpy(rows))
@@ -385,19 +395,12 @@ class SearchIndex:
             return Found(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int64))
         return Found(best[0].numpy(), best[1].numpy())
 
-    def _live(self, first: int, rows: int) -> np.ndarray | None:
-        """Which rows of a file still belong to a document; ``None`` where all do."""
-        span = (first, first + rows)
-        if self.db.execute("SELECT count(*) FROM passages WHERE row >= ? AND row < ?", span).fetchone()[0] == rows:
-            return None
-        live = np.zeros(rows, dtype=bool)
-        there = self.db.execute("SELECT row FROM passages WHERE row >= ? AND row < ?", span)
-        live[np.fromiter((row - first for (row,) in there), dtype=np.int64)] = True
-        return live
-
     def _by_words(self, query: str, k: int) -> Found:
         # Quoted, so that no word of a question is an operator.
-        words = " OR ".join(f'"{word}"' for word in dict.fromkeys(re.findall(r"\w+", query.lower())))
+        asked = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
+        # What stands in every text tells nothing and costs most.
+        telling = [word for word in asked if word not in STOP] or asked
+        words = " OR ".join(f'"{word}"' for word in telling)
         pairs = []
         if words:
             pairs = self.db.execute(
