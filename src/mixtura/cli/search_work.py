@@ -12,6 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from rich.table import Table
 
+from mixtura.cli.devices import check_device
 from mixtura.core.checkpoint import write_json
 from mixtura.core.page import check_picture, new_figure, save_figure
 from mixtura.core.progress import progress
@@ -39,7 +40,7 @@ def make_index(
     sources: Sequence[Path], out: Path, model: str | None, *, prune: bool, device: str, dry_run: bool, say: Say
 ) -> None:
     """Bring an index up to date with its sources."""
-    _check_device(device)
+    check_device(device)
     for source in sources:
         if not source.exists():
             raise FileNotFoundError(f"{source} does not exist; name a folder of texts, a BEIR set, or a file")
@@ -70,7 +71,7 @@ def make_index(
 
 def ask(question: str, path: Path, k: int, by: str, model: str | None, *, as_json: bool, device: str, say: Say) -> None:
     """Print what an index answers."""
-    _check_device(device)
+    check_device(device)
     if not question.strip():
         raise ValueError('the question is empty; ask something, for example: mixtura search "tuning a lute"')
     made_with = SearchIndex.model_of(path)
@@ -103,7 +104,7 @@ def train(
     say: Say,
 ) -> None:
     """Train an encoder on texts and write it."""
-    _check_device(device)
+    check_device(device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; give another --out")
     texts: list[str] = []
@@ -154,7 +155,7 @@ def judge(
     say: Say,
 ) -> Table:
     """Figures of a search on a set with answers: a table to print; JSON and a picture are written."""
-    _check_device(device)
+    check_device(device)
     check_picture(plot, "--plot")
     if fuse not in (None, "bm25"):
         raise ValueError(f"--fuse must be bm25, got {fuse!r}")
@@ -260,9 +261,3 @@ def _told(done: Added) -> str:
 
 def _some(names: Sequence[str], n: int) -> str:
     return ", ".join(names[:NAMED]) + (f" and {n - NAMED:,} more" if n > NAMED else "")
-
-
-def _check_device(device: str) -> None:
-    from mixtura.cli.work import check_device
-
-    check_device(device)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from mixtura.cli.devices import check_device
 from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
@@ -398,15 +399,6 @@ def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
         if ids >= length:
             return True
     return False
-
-
-def check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda, cuda:0, mps or the like, got {device!r}") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda was asked for, and this machine has no CUDA device; use --device cpu")
 
 
 def check_writable(out: Path, sources: Sequence[str]) -> None:
