@@ -449,6 +449,12 @@ SYSTEMS: tuple[System, ...] = (
         "2112.09118",
         "multimodal",
         "Search by meaning with an encoder trained on unlabelled text alone.",
+        (
+            "mixtura.multimodal.Retriever",
+            "mixtura.multimodal.SearchIndex",
+            "mixtura.multimodal.TextEncoder",
+            "mixtura.multimodal.train_unsupervised",
+        ),
     ),
     System(
         "clip-moe",

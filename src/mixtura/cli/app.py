@@ -21,6 +21,7 @@ from mixtura.cli import (
     lm,
     outliers,
     regress,
+    search,
     separate,
     solve_pde,
     unmix,
@@ -31,11 +32,14 @@ __all__ = ["app", "main"]
 # Which extra brings a package; what is not here is in the language models'.
 EXTRAS = {
     "PIL": "vision",
+    "Stemmer": "search",
+    "bm25s": "search",
     "pandas": "density",
     "pyarrow": "density",
     "sklearn": "density",
     "soundfile": "audio",
     "spectral": "vision",
+    "tokenizers": "search",
 }
 
 app = typer.Typer(
@@ -61,6 +65,7 @@ classify.add_to(app)
 unmix.add_to(app)
 outliers.add_to(app)
 separate.add_to(app)
+search.add_to(app)
 claims.add_to(app)
 
 
