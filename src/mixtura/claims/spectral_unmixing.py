@@ -278,7 +278,8 @@ def plot(record: Record, figure: Any) -> None:
     rows = record["seeds"]
     figure.set_size_inches(12.0, 6.4)
     detail = next((row["detail"] for row in rows if "maps" in row["detail"]), None)
-    grid = figure.add_gridspec(2, 12)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    panels = upper.subplots(1, 2)
     shown = {
         "ours": "this method",
         "fixed": "exponent 1/2 for all",
@@ -291,7 +292,7 @@ def plot(record: Record, figure: Any) -> None:
         "sunsal": "SUnSAL",
     }
     for i, (figure_name, title) in enumerate((("rmse", "RMSE of abundances"), ("sad", "spectral angle, radians"))):
-        axes = figure.add_subplot(grid[0, 6 * i : 6 * i + 6])
+        axes = panels[i]
         names = list(shown) if figure_name == "rmse" else list(shown)[:6]
         for j, name in enumerate(names):
             values = [row[f"{figure_name}_{name}"] for row in rows]
@@ -308,14 +309,14 @@ def plot(record: Record, figure: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if detail is None:
         return
-    titles = {"truth": "truth", "ours": "this method", "half": "L1/2-NMF", "nmf": "NMF"}
-    for i, (name, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(grid[1, 2 * i if i < 3 else 6 : (2 * i if i < 3 else 6) + 2])
+    titles = {"truth": f"{detail['material']}, truth", "ours": "this method", "half": "L1/2-NMF", "nmf": "NMF"}
+    *pictures, axes_of_weights = lower.subplots(1, 5, width_ratios=[1, 1, 1, 1, 2])
+    for axes, (name, title) in zip(pictures, titles.items(), strict=True):
         axes.imshow(np.array(detail["maps"][name]), vmin=0, vmax=100, cmap="viridis")
         axes.set_title(title, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-    axes = figure.add_subplot(grid[1, 8:])
+    axes = axes_of_weights
     waves, weights = np.array(detail["wavelengths"]), np.array(detail["weights"])
     spoiled = np.isin(np.arange(len(waves)), detail["outliers"])
     axes.plot(waves[~spoiled], weights[~spoiled], ".", color="#0072B2", ms=4, label="good")
