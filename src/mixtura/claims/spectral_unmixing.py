@@ -57,14 +57,16 @@ METHODS: dict[str, dict[str, Any]] = {
 DENSE: dict[str, Any] = {"lam": 0.0, "delta": 4.0}  # of the checks without sparsity
 
 LIMITS = (
-    "Scenes are synthetic: measured spectra mixed linearly with white noise, which is the model that all methods here assume; "
-    "no scene of an aircraft was at hand (Samson, Jasper Ridge and Urban are in no package), so of the paper's tables nothing is "
-    "shown, and their figures could not be read. Spoiled channels are of three kinds; a material that is bright in one channel "
-    "only would look like one. Some scenes hold simulated canopies beside measured materials. The map (Hoyer's measure), its "
-    "schedule, the constants and the whitened start are ours: the body of the paper could not be read. Strengths are tuned on "
-    "two scenes for each method by the sum of both errors; our defaults (0.3 and 4) were set on five others (seeds 100 to 104). "
-    "Every method starts from the same pixels and shares, which plain NMF would not find by itself; from random starts no "
-    "method here is good (sad_random), and the robust one merely less bad."
+    "Scenes are synthetic: measured spectra mixed linearly with white noise, the model that all methods here assume. Real "
+    "scenes are in no package; on Samson, tried by hand while building, no channel is spoiled and little is gained: RMSE "
+    "0.246 where NMF has 0.274 and L1/2-NMF 0.249, angles 0.076, 0.093 and 0.078. Of the paper's tables nothing is shown: "
+    "its body could not be read. The map (Hoyer's measure), its schedule, the whitened start and the constants are ours. A "
+    "material that is bright in one channel only would look like a spoiled channel. Some scenes hold simulated canopies "
+    "beside measured materials. Strengths, of the sum to one as well, are tuned for each method on two scenes by the sum of "
+    "both errors, and L1/2-NMF gains from it: on four scenes its angle is 0.046 to 0.065 with the sum to one at 1, where "
+    "the check on its angle was set, and 0.036 at 4. Our defaults (0.3 and 4) were set on five other scenes (seeds 100 to "
+    "104); seeds 0 to 3 were seen while building. With three times as many iterations RMSE gets worse (0.095 to 0.122 on "
+    "those five): ending at 500 is part of the method. From random starts no method here is good."
 )
 
 
@@ -276,7 +278,8 @@ def plot(record: Record, figure: Any) -> None:
     rows = record["seeds"]
     figure.set_size_inches(12.0, 6.4)
     detail = next((row["detail"] for row in rows if "maps" in row["detail"]), None)
-    grid = figure.add_gridspec(2, 12)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[1.25, 1])
+    panels = upper.subplots(1, 2)
     shown = {
         "ours": "this method",
         "fixed": "exponent 1/2 for all",
@@ -289,7 +292,7 @@ def plot(record: Record, figure: Any) -> None:
         "sunsal": "SUnSAL",
     }
     for i, (figure_name, title) in enumerate((("rmse", "RMSE of abundances"), ("sad", "spectral angle, radians"))):
-        axes = figure.add_subplot(grid[0, 6 * i : 6 * i + 6])
+        axes = panels[i]
         names = list(shown) if figure_name == "rmse" else list(shown)[:6]
         for j, name in enumerate(names):
             values = [row[f"{figure_name}_{name}"] for row in rows]
@@ -306,14 +309,14 @@ def plot(record: Record, figure: Any) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     if detail is None:
         return
-    titles = {"truth": "truth", "ours": "this method", "half": "L1/2-NMF", "nmf": "NMF"}
-    for i, (name, title) in enumerate(titles.items()):
-        axes = figure.add_subplot(grid[1, 2 * i if i < 3 else 6 : (2 * i if i < 3 else 6) + 2])
+    titles = {"truth": f"{detail['material']}, truth", "ours": "this method", "half": "L1/2-NMF", "nmf": "NMF"}
+    *pictures, axes_of_weights = lower.subplots(1, 5, width_ratios=[1, 1, 1, 1, 2])
+    for axes, (name, title) in zip(pictures, titles.items(), strict=True):
         axes.imshow(np.array(detail["maps"][name]), vmin=0, vmax=100, cmap="viridis")
         axes.set_title(title, fontsize=9)
         axes.set_xticks([])
         axes.set_yticks([])
-    axes = figure.add_subplot(grid[1, 8:])
+    axes = axes_of_weights
     waves, weights = np.array(detail["wavelengths"]), np.array(detail["weights"])
     spoiled = np.isin(np.arange(len(waves)), detail["outliers"])
     axes.plot(waves[~spoiled], weights[~spoiled], ".", color="#0072B2", ms=4, label="good")

@@ -331,7 +331,7 @@ def _draw(folder: Path, cube: Cube, model: SpectralUnmixing, maps: Maps) -> None
 
 def _report(path: Path, cube: Cube, seen: Survey, model: SpectralUnmixing, maps: Maps, seconds: float) -> list[str]:
     h, w, channels = cube.shape
-    spoiled, of = _spoiled(model), model._terms(channels)
+    spoiled, of = _spoiled(model), model.strengths(channels)
     learned = "all pixels" if len(seen.sample) == seen.pixels else f"{len(model.abundances_):,} pixels"
     lines = [
         f"# {path.name}, unmixed",

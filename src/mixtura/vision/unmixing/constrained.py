@@ -87,7 +87,7 @@ def fcls(X: Any, endmembers: Any, *, weights: Any = None) -> np.ndarray:
         The constrained problem of Heinz and Chang 2001 (IEEE TGRS 39(3)). With the sum at one it equals, up to scale, NNLS with
         Q = (E - y)(E - y)' and b = 1, so that it needs no heavy row and no tolerance.
     Example:
-        >>> fcls([[0.25, 0.75], [2.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]).tolist()
+        >>> fcls([[0.25, 0.75], [2.0, 0.0]], [[1.0, 0.0], [0.0, 1.0]]).round(9).tolist()
         [[0.25, 0.75], [1.0, 0.0]]
     """
     e_ML, w_L = _checked(X, endmembers, weights)
@@ -151,7 +151,9 @@ def sunsal(
     e_ML, w_L = _checked(X, endmembers, weights)
     e_ML = e_ML * w_L
     gram_MM = e_ML @ e_ML.T
-    mu = float(gram_MM.diagonal().mean().clamp(min=1e-300)) * 0.1
+    # Between the slowest and the fastest direction; any mu ends at the same point.
+    values_M = torch.linalg.eigvalsh(gram_MM).clamp(min=1e-12 * float(gram_MM.trace()) + 1e-300)
+    mu = float((values_M[0] * values_M[-1]).sqrt())
     inverse_MM = torch.linalg.inv(gram_MM + mu * torch.eye(len(e_ML)).double())
     parts = []
     for y_PL in _blocks(X):

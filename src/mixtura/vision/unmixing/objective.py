@@ -112,7 +112,8 @@ def _under(a: Tensor, h: Tensor, gram_MM: Tensor, of: Terms) -> Tensor:
     if of.delta:
         under = under + of.delta**2 * a.sum(1, keepdim=True)
     if of.lam:
-        under = under + of.lam * (1 - h)[:, None] * a.clamp(min=LEAST_SHARE).pow(-h[:, None])
+        # exp of log: half the time of pow here.
+        under = under + of.lam * (1 - h)[:, None] * (-h[:, None] * a.clamp(min=LEAST_SHARE).log()).exp()
     return under
 
 
@@ -120,7 +121,8 @@ def penalty(a: Tensor, h: Tensor) -> Tensor:
     """Sum of a^(1 - h) over endmembers, shape (B,), with its tangent below ``LEAST_SHARE``."""
     p = (1 - h)[:, None]
     inside = a.clamp(min=LEAST_SHARE)
-    return (inside.pow(p) + p * inside.pow(p - 1) * (a - inside)).sum(1)
+    value = (p * inside.log()).exp()
+    return (value + p * value / inside * (a - inside)).sum(1)
 
 
 def hoyer(a: Tensor) -> Tensor:
