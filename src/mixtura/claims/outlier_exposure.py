@@ -38,8 +38,20 @@ ALPHAS: dict[Op, float] = {"mixup": 1.0, "cutmix": 2.0}
 MARGINS = ((-13.0, -6.0), (-8.0, -3.0))  # the paper's, and nearer ones: energies of a small network stay near zero
 SHARES = tuple(i / 10 for i in range(11))
 BASE_RATE, TUNED_RATE, BATCH = 0.1, 0.03, 64
-CLIP = 10.0  # only energy reaches it: its squared margins make the first steps diverge otherwise
+ENERGY_CLIP = 10.0  # a help to that baseline alone: its squared margins make the first steps diverge otherwise
 GARMENTS, GARMENTS_OUT = (0, 3, 4), (2, 6)  # T-shirt, dress and coat; pullover and shirt
+
+LIMITS = (
+    "Small grey images and a dense network trained from nothing; the paper has pretrained ResNet-50s on photographs of birds, "
+    "butterflies, cars and aircraft, of which this says nothing. Held-out digits are fine only by the split; garments are. "
+    "Weights are chosen by fine detection alone, on inner tasks where two known digits (one known garment) are held out, each "
+    "method from as many candidates as it has there: OE 4, energy 4, MixOE 8, four for each operator; OE-M has OE's. "
+    "A candidate that diverges is not chosen; energy alone has its gradients clipped, without which it diverges. The last "
+    "weights count, where the official code keeps the epoch with the best validation accuracy. The distance of confidence from "
+    "the share is measured on blends, where a share means the same everywhere, with the MixOE that was trained on blends; with "
+    "boxes (gap_..._cutmix_pairs) neither method is near, since a box may miss the digit. Letters look like digits more than "
+    "anything in the paper's coarse sets looks like a bird. The prototype's first three splits were looked at while building."
+)
 
 Images = NDArray[np.float32]
 Make = Callable[[int], Exposure]
@@ -175,9 +187,7 @@ def base_model(task: Task, size: Size, seed: int) -> nn.Module:
     """A classifier that has seen no outlier."""
     torch.manual_seed(seed)
     model = dense_network(task.x[0].size, task.n_classes, hidden=size.hidden)
-    config = ExposureConfig(
-        epochs=size.base_epochs, lr=BASE_RATE, batch_size=BATCH, weight_decay=0.0, clip=CLIP, seed=seed
-    )
+    config = ExposureConfig(epochs=size.base_epochs, lr=BASE_RATE, batch_size=BATCH, weight_decay=0.0, seed=seed)
     expose(model, Plain(task.n_classes), Rows(task.x), task.y, None, config, label="base")
     return model
 
@@ -186,7 +196,8 @@ def tuned(base: nn.Module, objective: Exposure, task: Task, size: Size, seed: in
     """The base model, fine-tuned with an objective: the same epochs, rate and order of rows for each."""
     model = copy.deepcopy(base)
     outliers = None if isinstance(objective, Plain) else Rows(task.outliers)
-    config = ExposureConfig(epochs=size.epochs, lr=TUNED_RATE, batch_size=BATCH, weight_decay=0.0, clip=CLIP, seed=seed)
+    clip = ENERGY_CLIP if isinstance(objective, EnergyExposure) else 0.0
+    config = ExposureConfig(epochs=size.epochs, lr=TUNED_RATE, batch_size=BATCH, weight_decay=0.0, clip=clip, seed=seed)
     expose(model, objective, Rows(task.x), task.y, outliers, config, label=type(objective).__name__)
     return model
 
@@ -357,7 +368,7 @@ def plot(record: Record, figure: Any) -> None:
     axes[2].invert_yaxis()
     axes[2].axvline(0.5, color="black", lw=0.8, ls=":")
     axes[2].set_xlabel("AUROC of held-out garments; 0.5 is chance")
-    axes[2].set_title("garments: exposure harms", fontsize=10)
+    axes[2].set_title("three garments against two others", fontsize=10)
     for one in axes:
         one.spines[["top", "right"]].set_visible(False)
 
@@ -393,6 +404,6 @@ CLAIM = Claim(
     ),
     run=run,
     plot=plot,
-    limits="",
+    limits=LIMITS,
     seeds={"smoke": (0,), "cpu": tuple(range(8)), "gpu": tuple(range(8))},
 )
