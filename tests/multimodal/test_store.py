@@ -141,6 +141,17 @@ def test_a_kill_in_the_middle_leaves_the_index_as_it_was(folder, encoder):
     assert (done.added, done.changed) == (1, 1) and not (index.path / "vectors-000077.npy").exists()
 
 
+def test_a_second_run_at_the_same_time_is_refused_and_the_first_goes_on(folder, encoder):
+    index, _ = indexed(folder, encoder)
+    (folder / "new.txt").write_text("new text")
+    other = SearchIndex(index.path, encoder)
+    other.db.execute("PRAGMA busy_timeout = 10")
+    index.db.execute("UPDATE settings SET value = value WHERE name = 'visit'")  # in the middle of a transaction
+    with pytest.raises(OSError, match="database is locked; is another run at work on this index"):
+        other.add(documents_of(folder), str(folder))
+    assert index.add(documents_of(folder), str(folder)).added == 1
+
+
 def test_empty_binary_and_foreign_files_are_counted_and_the_rest_goes_on(folder, encoder):
     (folder / "empty.txt").write_text("  \n ")
     (folder / "none.txt").write_text("")

@@ -232,8 +232,28 @@ class SearchIndex:
         """
         done = Added()
         visit = 1 + int(self.db.execute("SELECT value FROM settings WHERE name = 'visit'").fetchone()[0])
-        self.db.execute("UPDATE settings SET value = ? WHERE name = 'visit'", (str(visit),))
         pending = _Pending(self)
+        try:
+            self.db.execute("UPDATE settings SET value = ? WHERE name = 'visit'", (str(visit),))
+            self._visit(documents, source, visit, pending, done, prune=prune, label=label)
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"{self.path}: {error}; is another run at work on this index, or the disk full? What was finished is kept"
+            ) from error
+        self._sweep()
+        return done
+
+    def _visit(
+        self,
+        documents: Iterable[Document],
+        source: str,
+        visit: int,
+        pending: _Pending,
+        done: Added,
+        *,
+        prune: bool,
+        label: str,
+    ) -> None:
         try:
             with bar(desc=label, unit="document") as shown:
                 for document in documents:
@@ -249,8 +269,6 @@ class SearchIndex:
         finally:
             # Also on an interrupt: what was encoded is not lost.
             pending.save()
-        self._sweep()
-        return done
 
     def _add_one(self, document: Document, source: str, visit: int, pending: _Pending, done: Added) -> None:
         known = self.db.execute(
