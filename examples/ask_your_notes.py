@@ -1,14 +1,22 @@
-"""Search by meaning in a handful of texts: the question shares no word with the text that answers it."""
+"""An index on disk of the topics of Python's language reference, asked by words, by meaning and by both."""
 
-from mixtura.multimodal import Retriever
+import tempfile
+from pathlib import Path
+from pydoc_data.topics import topics
 
-texts = [
-    "A program that tunes guitars and other string instruments.",
-    "A server that delivers electronic mail for large organisations.",
-    "A viewer for photographs taken with digital cameras.",
-    "A compiler for numerical programs written in Fortran.",
-]
-retriever = Retriever.from_pretrained().read(texts)
-for question in ("software for musicians", "look at my pictures", "send messages over the internet"):
-    best = retriever.search(question, k=1)[0]
-    print(f"{question}\n   {best.score:.2f}  {best.text}")
+from mixtura.multimodal import SearchIndex, TextEncoder, documents_of
+
+with tempfile.TemporaryDirectory() as place:
+    folder = Path(place) / "topics"
+    folder.mkdir()
+    for name, text in topics.items():
+        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
+    index = SearchIndex(Path(place) / "index", TextEncoder.from_pretrained(), create=True)
+    done = index.add(documents_of(folder), "topics")
+    print(f"{done.added} topics in {done.passages} passages")
+    for question in ("clean up after an exception", "numbers with a decimal point", "how are names looked up"):
+        print(question)
+        for by in ("words", "meaning", "both"):
+            found = [hit.name.removesuffix(".txt") for hit in index.search(question, k=3, by=by)]
+            print(f"   {by:8} {', '.join(found)}")
+    index.close()

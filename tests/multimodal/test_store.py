@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from mixtura.multimodal.retrieval import store
+from mixtura.multimodal.retrieval import pending, store
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
 from mixtura.multimodal.retrieval.passages import Document, documents_of, passages
 from mixtura.multimodal.retrieval.store import SearchIndex
@@ -89,8 +89,8 @@ def test_the_search_by_meaning_is_brute_force_over_documents(folder, encoder):
 def test_an_interrupt_keeps_what_is_done_and_the_next_run_goes_on(folder, encoder, monkeypatch):
     for i in range(20):
         (folder / f"x{i:02d}.txt").write_text(f"text {i}")
-    monkeypatch.setattr(store, "BATCH", 2)
-    monkeypatch.setattr(store, "SAVE", 4)
+    monkeypatch.setattr(pending, "BATCH", 2)
+    monkeypatch.setattr(pending, "SAVE", 4)
     index = SearchIndex(folder.parent / "index", encoder, create=True)
 
     def stops():
@@ -108,7 +108,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_run_goes_on(folder, encode
 
 def test_a_document_broken_off_in_the_middle_is_read_again(folder, encoder, monkeypatch):
     (folder / "a-long.txt").write_text("\n\n".join(f"paragraph {i} " + "of a long text. " * 60 for i in range(9)))
-    monkeypatch.setattr(store, "BATCH", 1)
+    monkeypatch.setattr(pending, "BATCH", 1)
 
     class Broken(Document):
         def passages(self):
@@ -130,15 +130,26 @@ def test_a_kill_in_the_middle_leaves_the_index_as_it_was(folder, encoder):
     index, _ = indexed(folder, encoder)
     (folder / "new.txt").write_text("new text")
     (folder / "boat.txt").write_text("changed")
-    pending = store._Pending(index)
+    held = pending.Pending(encoder, index._append)
     for document in documents_of(folder):
-        index._add_one(document, str(folder), 99, pending, store.Added())
+        index._add_one(document, str(folder), 99, held, store.Added())
     index.db.close()  # without a commit, as when the process is killed
     (index.path / "vectors-000077.npy").write_bytes(b"left over")
     again = SearchIndex(index.path, encoder)
     assert names(again.search("river", by="words")) == ["boat.txt"] and len(again) == 3
     _, done = indexed(folder, encoder)
     assert (done.added, done.changed) == (1, 1) and not (index.path / "vectors-000077.npy").exists()
+
+
+def test_a_second_run_at_the_same_time_is_refused_and_the_first_goes_on(folder, encoder):
+    index, _ = indexed(folder, encoder)
+    (folder / "new.txt").write_text("new text")
+    other = SearchIndex(index.path, encoder)
+    other.db.execute("PRAGMA busy_timeout = 10")
+    index.db.execute("UPDATE settings SET value = value WHERE name = 'visit'")  # in the middle of a transaction
+    with pytest.raises(OSError, match="database is locked; is another run at work on this index"):
+        other.add(documents_of(folder), str(folder))
+    assert index.add(documents_of(folder), str(folder)).added == 1
 
 
 def test_empty_binary_and_foreign_files_are_counted_and_the_rest_goes_on(folder, encoder):

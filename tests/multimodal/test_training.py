@@ -7,7 +7,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from mixtura.core.contrast import queue_contrast
-from mixtura.multimodal.retrieval.crops import CropDataset
+from mixtura.multimodal.retrieval.crops import CropDataset, Tokens
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
 from mixtura.multimodal.retrieval.tokenizer import SearchTokenizer, train_tokenizer
 from mixtura.multimodal.retrieval.train import (
@@ -120,6 +120,45 @@ def _process(rank, path, tokenizer_json, texts, out):
         learner(q, k)
     torch.save(learner.queue.ordered(), f"{out}/{rank}.pt")
     dist.destroy_process_group()
+
+
+class Halves:
+    """Batches whose two halves are those of two processes."""
+
+    def __init__(self, data):
+        self.data, self.ids, self.way = data, data.ids, data.way
+
+    def __len__(self):
+        return len(self.data)
+
+    def batch(self, step, size, *, seed):
+        parts = [self.data.batch(2 * step + rank, size // 2, seed=seed) for rank in range(2)]
+        joined = []
+        for side in range(2):
+            ids, lengths = ([getattr(part[side], name) for part in parts] for name in ("ids", "lengths"))
+            joined.append(Tokens(np.concatenate(ids), np.concatenate(lengths)))
+        return tuple(joined)
+
+
+def _trainer(rank, path, tokenizer_json, texts, out):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    tokenizer = SearchTokenizer.load(tokenizer_json)
+    encoder, data = make(tokenizer), CropDataset(tokenizer.ids(texts))
+    train_unsupervised(encoder, data, UnsupervisedConfig(steps=5, batch=4, queue=16, lr=0.01))
+    torch.save(encoder.table.weight.detach(), f"{out}/w{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_with_the_joined_batch(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t.json")
+    args = (tmp_path / "meet", tmp_path / "t.json", documents(), tmp_path)
+    mp.start_processes(_trainer, args, nprocs=2, start_method="fork")
+    encoder, data = make(tokenizer), Halves(CropDataset(tokenizer.ids(documents())))
+    train_unsupervised(encoder, data, UnsupervisedConfig(steps=5, batch=8, queue=16, lr=0.01))
+    for rank in range(2):
+        found = torch.load(tmp_path / f"w{rank}.pt", weights_only=True)
+        # Adam divides by the gradient's size: where that is rounding alone, one step may turn about.
+        assert ((found - encoder.table.weight).abs() < 1e-4).float().mean() > 0.99
 
 
 def test_two_processes_fill_the_queue_as_one_with_the_joined_batch(tokenizer, tmp_path):

@@ -201,6 +201,7 @@ def _draw(path: Path, scores: Mapping[str, Scores], title: str) -> None:
         values = [score.means[f"R@{k}"] for k in CURVE]
         axes.plot(CURVE, values, marker="o", ms=4, color=colour, label=f"{name}, nDCG@10 {score.means['nDCG@10']:.3f}")
     axes.set_xscale("log")
+    axes.set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1000"])
     axes.set_ylim(0, 1)
     axes.set_xlabel("documents looked at")
     axes.set_ylabel("recall")

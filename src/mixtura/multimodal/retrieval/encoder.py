@@ -2,8 +2,7 @@
 
 Shapes: B texts, L positions, D width, S tokens of all texts of a batch.
 
-- ``layers=0``: the token vectors are a table, and a text is their mean. Nothing is quicker, and on small machines nothing
-  learned more in the same time.
+- ``layers=0``: the token vectors are a table, and a text is their mean. Nothing is quicker: what minutes on a CPU pay for.
 - ``layers>0``: a BERT of that many layers, from nothing.
 - any encoder of transformers: ``TextEncoder.from_pretrained("facebook/contriever")``.
 

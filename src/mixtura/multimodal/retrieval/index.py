@@ -7,6 +7,7 @@ al. 2009) with its constant of 60.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -136,6 +137,8 @@ class LexicalIndex:
         import bm25s
         import Stemmer
 
+        # It logs every step at DEBUG whatever the caller's level is.
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
         self._bm25s, self._stemmer = bm25s, Stemmer.Stemmer(language)
         self._model = bm25s.BM25(method="lucene", k1=k1, b=b)
         self._model.index(self._words(texts), show_progress=False)

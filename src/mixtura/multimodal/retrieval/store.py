@@ -29,7 +29,9 @@ from mixtura.core.checkpoint import atomic_file
 from mixtura.core.progress import bar
 from mixtura.multimodal.retrieval.encoder import TextEncoder
 from mixtura.multimodal.retrieval.index import DenseIndex, Found, fuse, merge_best
-from mixtura.multimodal.retrieval.passages import Document, NotText, Passage
+from mixtura.multimodal.retrieval.passages import Document, NotText
+from mixtura.multimodal.retrieval.pending import Pending, Row
+from mixtura.multimodal.retrieval.word_search import by_words
 
 __all__ = ["Added", "Hit", "SearchIndex"]
 
@@ -38,14 +40,7 @@ log = logging.getLogger(__name__)
 KIND, VERSION = "mixtura-search-index", 1
 DATABASE = "index.sqlite"
 SHARD = 65_536  # passages of a file of vectors, at most
-BATCH = 1_024  # passages encoded at a time
-SAVE = 16_384  # passages after which what is done is made to last
 DEPTH = 200  # passages that each way of searching brings to the fusion, at least
-COMMON = (
-    "a an and are as at be by can do does for from has have how i if in is it my not of on or that the their there this to "
-    "was what when where which who why will with you your"
-)
-STOP = frozenset(COMMON.split())
 DENSE_WEIGHT = 0.3  # of meaning beside words; chosen on questions that no claim is measured on
 
 SCHEMA = """
@@ -232,8 +227,28 @@ class SearchIndex:
         """
         done = Added()
         visit = 1 + int(self.db.execute("SELECT value FROM settings WHERE name = 'visit'").fetchone()[0])
-        self.db.execute("UPDATE settings SET value = ? WHERE name = 'visit'", (str(visit),))
-        pending = _Pending(self)
+        pending = Pending(self.encoder, self._append)
+        try:
+            self.db.execute("UPDATE settings SET value = ? WHERE name = 'visit'", (str(visit),))
+            self._visit(documents, source, visit, pending, done, prune=prune, label=label)
+        except sqlite3.OperationalError as error:
+            raise OSError(
+                f"{self.path}: {error}; is another run at work on this index, or the disk full? What was finished is kept"
+            ) from error
+        self._sweep()
+        return done
+
+    def _visit(
+        self,
+        documents: Iterable[Document],
+        source: str,
+        visit: int,
+        pending: Pending,
+        done: Added,
+        *,
+        prune: bool,
+        label: str,
+    ) -> None:
         try:
             with bar(desc=label, unit="document") as shown:
                 for document in documents:
@@ -249,10 +264,9 @@ class SearchIndex:
         finally:
             # Also on an interrupt: what was encoded is not lost.
             pending.save()
-        self._sweep()
-        return done
+            self.db.commit()
 
-    def _add_one(self, document: Document, source: str, visit: int, pending: _Pending, done: Added) -> None:
+    def _add_one(self, document: Document, source: str, visit: int, pending: Pending, done: Added) -> None:
         known = self.db.execute(
             "SELECT document, stamp, visit FROM documents WHERE source = ? AND name = ?", (source, document.name)
         ).fetchone()
@@ -293,7 +307,7 @@ class SearchIndex:
         self.db.execute("DELETE FROM passages WHERE document = ?", (document,))
         self.db.execute("DELETE FROM documents WHERE document = ?", (document,))
 
-    def _append(self, vectors: np.ndarray, rows: list[tuple[int, int, str]]) -> None:
+    def _append(self, vectors: np.ndarray, rows: list[Row]) -> None:
         """Make passages last: their vectors in a file, then one transaction."""
         last = self.db.execute("SELECT shard, file, first, rows FROM shards ORDER BY shard DESC LIMIT 1").fetchone()
         first = 0 if last is None else last[2] + last[3]
@@ -348,7 +362,7 @@ class SearchIndex:
             if by != "words":
                 parts.append(self._by_meaning(query, min(depth, total)))
             if by != "meaning":
-                parts.append(self._by_words(query, min(depth, total)))
+                parts.append(by_words(self.db, query, min(depth, total)))
             found = parts[0] if len(parts) == 1 else fuse(parts, [DENSE_WEIGHT, 1 - DENSE_WEIGHT])
             hits = self._hits(found, k)
             # Many passages of one document may fill the list.
@@ -394,62 +408,6 @@ class SearchIndex:
         if best is None:
             return Found(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int64))
         return Found(best[0].numpy(), best[1].numpy())
-
-    def _by_words(self, query: str, k: int) -> Found:
-        # Quoted, so that no word of a question is an operator.
-        asked = list(dict.fromkeys(re.findall(r"\w+", query.lower())))
-        # What stands in every text tells nothing and costs most.
-        telling = [word for word in asked if word not in STOP] or asked
-        words = " OR ".join(f'"{word}"' for word in telling)
-        pairs = []
-        if words:
-            pairs = self.db.execute(
-                "SELECT rowid, -bm25(words) FROM words WHERE words MATCH ? ORDER BY bm25(words) LIMIT ?", (words, k)
-            ).fetchall()
-        scores, rows = [score for _, score in pairs], [row for row, _ in pairs]
-        return Found(np.array([scores], dtype=np.float64), np.array([rows], dtype=np.int64))
-
-
-class _Pending:
-    """Passages on their way into an index: read, then encoded by the batch, then made to last."""
-
-    def __init__(self, index: SearchIndex) -> None:
-        self.index, self.total = index, 0
-        self.read: list[tuple[int, Passage]] = []
-        self.rows: list[tuple[int, int, str]] = []
-        self.vectors: list[np.ndarray] = []
-
-    def put(self, document: int, passage: Passage) -> None:
-        self.read.append((document, passage))
-        self.total += 1
-        if len(self.read) >= BATCH:
-            self._encode()
-        if len(self.rows) >= SAVE:
-            self.save()
-
-    def drop(self, document: int) -> None:
-        """Forget passages of a document that turned out to be none."""
-        self._encode()
-        keep = [i for i, row in enumerate(self.rows) if row[0] != document]
-        self.total -= len(self.rows) - len(keep)
-        if self.vectors:
-            self.vectors = [np.concatenate(self.vectors)[keep]]
-        self.rows = [self.rows[i] for i in keep]
-
-    def save(self) -> None:
-        self._encode()
-        if self.rows:
-            self.index._append(np.concatenate(self.vectors), self.rows)
-            self.rows, self.vectors = [], []
-        self.index.db.commit()
-
-    def _encode(self) -> None:
-        if not self.read:
-            return
-        texts = [passage.text for _, passage in self.read]
-        self.vectors.append(self.index.encoder.encode(texts, 256, label=None).astype(np.float16))
-        self.rows += [(document, passage.line, passage.text) for document, passage in self.read]
-        self.read = []
 
 
 def _note(done: Added, name: str, reason: str) -> None:

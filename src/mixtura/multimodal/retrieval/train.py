@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -96,13 +97,15 @@ class MomentumRetriever(nn.Module):
         with torch.no_grad():
             follow(self.key_encoder, self.encoder, self.momentum)
             keys = self.key_encoder.embed(k)
+            everyone = gathered(keys)
         if len(self.queue):
             loss = queue_contrast(
                 queries, keys, self.queue.held(), self.temperature, label_smoothing=self.label_smoothing
             )
         else:
-            loss = in_batch(queries, keys, self.temperature, label_smoothing=self.label_smoothing)
-        self.queue.push(gathered(keys))
+            first = len(keys) * _rank()
+            loss = in_batch(queries, everyone, self.temperature, first=first, label_smoothing=self.label_smoothing)
+        self.queue.push(everyone)
         return loss
 
     def carried(self) -> dict[str, Tensor]:
@@ -111,10 +114,12 @@ class MomentumRetriever(nn.Module):
         return slow | {f"queue.{name}": t for name, t in self.queue.state_dict().items()}
 
 
-def in_batch(queries: Tensor, keys: Tensor, temperature: float, *, label_smoothing: float = 0.0) -> Tensor:
-    """How badly query i finds key i among all keys, in nats; keys may be more than queries, shapes (B, D), (>= B, D)."""
+def in_batch(
+    queries: Tensor, keys: Tensor, temperature: float, *, first: int = 0, label_smoothing: float = 0.0
+) -> Tensor:
+    """How badly query i finds key first + i among all keys, in nats; shapes (B, D) and (first + B or more, D)."""
     logits = queries.float() @ keys.float().mT / temperature
-    target = torch.arange(len(queries), device=queries.device)
+    target = first + torch.arange(len(queries), device=queries.device)
     return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
 
 
@@ -137,11 +142,14 @@ def train_unsupervised(
         out, resume, checkpoint_every: as in :func:`mixtura.core.training.fit`; a resumed run ends with the weights of an
             unbroken one.
         label: on the progress bar.
+    Under ``torch.distributed`` every process calls this with equal encoders and data: batches differ, gradients are averaged and
+    the queue is filled with everybody's keys, as in one process with the joined batch. Give ``out`` on the first process alone
+    where nothing is resumed.
+
     Returns:
-        Losses, one a step.
+        Losses, one a step; of this process.
     """
-    world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    world, rank = _world(), _rank()
     whole = config.batch * world
     size = -(-config.queue // whole) * whole
     if size != config.queue:
@@ -173,9 +181,14 @@ def train_unsupervised(
         "queue": size,
     }
     facts |= {"momentum": config.momentum, "temperature": config.temperature}
-    return fit(
-        learner, loss_at, schedule, out=out, resume=resume, label=label, describe=facts, carried=learner.carried()
-    )
+    hooks = [] if world == 1 else [p.register_post_accumulate_grad_hook(_average) for p in encoder.parameters()]
+    try:
+        return fit(
+            learner, loss_at, schedule, out=out, resume=resume, label=label, describe=facts, carried=learner.carried()
+        )
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def finetune(
@@ -262,6 +275,21 @@ def mine_hard_negatives(
         wrong = wrong or [i for i in range(len(documents)) if i not in own]
         chosen.append(int(rng.choice(wrong)))
     return chosen
+
+
+def _world() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def _average(parameter: Tensor) -> None:
+    """Make a gradient the mean over the processes."""
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= _world()
 
 
 def _unmarked(encoder: TextEncoder, texts: Sequence[Sequence[int]]) -> Tokens:
