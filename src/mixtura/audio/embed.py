@@ -136,7 +136,7 @@ class SmallClip(nn.Module):
     """
 
     def __init__(
-        self, words: Sequence[str], *, dim: int = 32, side: int = 28, width: int = 16, scale: float = 8.0
+        self, words: Sequence[str], *, dim: int = 32, side: int = 28, width: int = 16, scale: float = 4.0
     ) -> None:
         super().__init__()
         if side % 4 or side < 4:

@@ -98,9 +98,8 @@ def open_recording(path: str | Path) -> Recording:
     try:
         found = soundfile.info(str(path))
     except soundfile.LibsndfileError as error:
-        raise ValueError(
-            f"{path} is no sound file that can be read ({error.error_string.strip().rstrip('.')}); WAV, FLAC, OGG and MP3 can"
-        ) from error
+        # What libsndfile says of a foreign file depends on which format it took it for, and misleads.
+        raise ValueError(f"{path} is no sound file that can be read; WAV, FLAC, OGG and MP3 can") from error
     if found.frames < 1:
         raise ValueError(f"{path} is empty: it has a header and no samples")
     return Recording(path, int(found.samplerate), int(found.channels), int(found.frames), str(found.subtype))
