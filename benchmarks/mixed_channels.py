@@ -230,7 +230,7 @@ def main() -> None:
         f"weight, {sizes['bits']:.2f} of them codes); the embedding, a fifth of this model, stays as it was. Resident "
         "bytes are what the process grew by until the first text was written. At one token a layer of this small model takes "
         "longer to call than to compute, and most of a step is the rest of transformers. torchao's rows, where it is installed "
-        "(0.18), are its weight-only CPU formats; llama.cpp's (0.3.36 of its Python package, compiled for this processor) are of the "
+        "(0.18), are its weight-only CPU formats; llama.cpp's (0.3.36 of its Python package, compiled here) are of the "
         "file that all weights here come from, embedding and head packed too, without transformers or Python around a step."
     )
     payload = {
