@@ -65,7 +65,7 @@ LIMITS = (
     "beside measured materials. Strengths, of the sum to one as well, are tuned for each method on two scenes by the sum of "
     "both errors, and L1/2-NMF gains from it: on four scenes its angle is 0.046 to 0.065 with the sum to one at 1, where "
     "the check on its angle was set, and 0.036 at 4. Our defaults (0.3 and 4) were set on five other scenes (seeds 100 to "
-    "104); seeds 0 to 3 were seen while building. With three times as many iterations RMSE gets worse (0.095 to 0.122 on "
+    "104); seeds 0 to 4 were seen while building. With three times as many iterations RMSE gets worse (0.095 to 0.122 on "
     "those five): ending at 500 is part of the method. From random starts no method here is good."
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.unmix_report import Maps, listed, report_lines, spoiled_channels, write_tables
+
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # heavy, and `--help` needs none of it
 __all__ = ["add_to"]
 
 REPORT = "report.md"
-SPOILED = 0.25  # of the median weight: a channel below it is called spoiled
 LARGEST_PICTURE = 1024  # pixels a side of a map
 
 
@@ -47,23 +47,6 @@ class Choices:
     skip_bad: bool
     clip_negative: bool
     options: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Maps:
-    """What a picture needs: maps thinned to at most 1024 pixels a side, and sums over all pixels.
-
-    Attributes:
-        shares: (H', W', M). guide: (H', W').
-        mean: mean share of each material, (M,). most: pixels of which it is more than half, (M,).
-        unmixed: pixels that have shares.
-    """
-
-    shares: np.ndarray
-    guide: np.ndarray
-    mean: np.ndarray
-    most: np.ndarray
-    unmixed: int
 
 
 def add_to(app: typer.Typer) -> None:
@@ -220,14 +203,14 @@ def _one(path: Path, place: Path, choices: Choices, *, dry_run: bool, say: Any, 
     learn_from(cube, seen, model)
     with atomic_directory(place) as beside:
         maps = _write_maps(beside, cube, model)
-        _write_tables(beside, cube, model)
+        write_tables(beside, cube, model)
         _draw(beside, cube, model, maps)
-        lines = _report(path, cube, seen, model, maps, time.perf_counter() - began)
+        lines = report_lines(path, cube, seen, model, maps, time.perf_counter() - began)
         (beside / REPORT).write_text("\n".join(lines) + "\n", encoding="utf-8")
     console.print(_summary(maps))
-    spoiled = _spoiled(model)
+    spoiled = spoiled_channels(model)
     if spoiled.any():
-        say(f"spoiled channels, which hardly count: {_listed(spoiled)}")
+        say(f"spoiled channels, which hardly count: {listed(spoiled)}")
     say(f"{place} is written: {REPORT} says what is in it, unmixed.png shows it")
 
 
@@ -242,10 +225,10 @@ def _surveyed(cube: Cube, choices: Choices, say: Any) -> tuple[Cube, Survey]:
     if held and never.any() and not never.all():
         if not choices.skip_bad:
             raise ValueError(
-                f"{cube.name}: {_count(never.sum(), 'channel')} never finite ({_listed(never)}); "
+                f"{cube.name}: {_count(never.sum(), 'channel')} never finite ({listed(never)}); "
                 "--skip-bad takes them as blank"
             )
-        say(f"never finite, taken as blank: {_listed(never)}")
+        say(f"never finite, taken as blank: {listed(never)}")
         cube = dataclasses.replace(cube, dead=never)
         seen = survey(cube, sample=choices.sample, seed=seed)
     if seen.broken:
@@ -265,9 +248,9 @@ def _surveyed(cube: Cube, choices: Choices, say: Any) -> tuple[Cube, Survey]:
     if seen.empty:
         say(f"{seen.empty:,} pixels hold no data (value {cube.ignore:g}) and are left out")
     if seen.blank.any():
-        say(f"blank channels, kept without weight: {_listed(seen.blank)}")
+        say(f"blank channels, kept without weight: {listed(seen.blank)}")
     if seen.constant.any():
-        say(f"channels with a single value: {_listed(seen.constant)}")
+        say(f"channels with a single value: {listed(seen.constant)}")
     return cube, seen
 
 
@@ -303,77 +286,13 @@ def _write_maps(folder: Path, cube: Cube, model: SpectralUnmixing) -> Maps:
     return Maps(shares, guide, total / max(unmixed, 1), most, unmixed)
 
 
-def _write_tables(folder: Path, cube: Cube, model: SpectralUnmixing) -> None:
-    waves = [""] * cube.shape[2] if cube.wavelengths is None else [f"{v:.6g}" for v in cube.wavelengths]
-    names = [f"material_{i + 1}" for i in range(model.n_endmembers)]
-    with (folder / "endmembers.csv").open("w", newline="", encoding="utf-8") as handle:
-        rows = csv.writer(handle)
-        rows.writerow(["channel", "wavelength", *names])
-        rows.writerows([i, wave, *(f"{v:.6g}" for v in model.endmembers_[:, i])] for i, wave in enumerate(waves))
-    spoiled = _spoiled(model)
-    with (folder / "channels.csv").open("w", newline="", encoding="utf-8") as handle:
-        rows = csv.writer(handle)
-        rows.writerow(["channel", "wavelength", "weight", "found", "header"])
-        for i, wave in enumerate(waves):
-            found = "blank" if model.blank_channels_[i] else "spoiled" if spoiled[i] else "good"
-            said = "" if cube.bad_bands is None else "bad" if cube.bad_bands[i] else "good"
-            rows.writerow([i, wave, f"{model.channel_weight_[i]:.4g}", found, said])
-
-
 def _draw(folder: Path, cube: Cube, model: SpectralUnmixing, maps: Maps) -> None:
     from mixtura.cli.unmix_picture import draw, draw_map
 
     for i in range(model.n_endmembers):
         draw_map(folder / f"material-{i + 1}.png", maps.shares[:, :, i])
     draw_map(folder / "guidance.png", maps.guide)
-    draw(folder / "unmixed.png", cube, model, maps, _spoiled(model))
-
-
-def _report(path: Path, cube: Cube, seen: Survey, model: SpectralUnmixing, maps: Maps, seconds: float) -> list[str]:
-    h, w, channels = cube.shape
-    spoiled, of = _spoiled(model), model.strengths(channels)
-    learned = "all pixels" if len(seen.sample) == seen.pixels else f"{len(model.abundances_):,} pixels"
-    lines = [
-        f"# {path.name}, unmixed",
-        "",
-        f"{h} x {w} pixels, {channels} channels; {model.n_endmembers} materials, learned from {learned} in {model.n_iter_} "
-        f"iterations, {seconds:.1f} s.",
-        "",
-        "| material | mean share | pixels with more than half |",
-        "|---|---:|---:|",
-    ]
-    lines += [
-        f"| {i + 1} | {share:.1%} | {most:,} |"
-        for i, (share, most) in enumerate(zip(maps.mean, maps.most, strict=True))
-    ]
-    lines += [
-        "",
-        f"- Pixels with shares: {maps.unmixed:,}; without data: {seen.empty:,}; left out as not finite: {seen.broken:,}.",
-        f"- Blank channels: {_listed(model.blank_channels_)}.",
-        f"- Spoiled channels (weight below a quarter of the median): {_listed(spoiled)}.",
-    ]
-    if cube.bad_bands is not None:
-        lines.append(f"- Called bad by the header, kept: {_listed(cube.bad_bands)}.")
-    if seen.negative:
-        lines.append(f"- Negative values taken as 0: {seen.negative:,}, the least {seen.low.min():.4g}.")
-    lines += [
-        f"- Sparsity lam {of.lam:.3g}, sum to one delta {of.delta:.3g}, guidance {model.guidance}, seed {model.seed}.",
-        "",
-        "| file | holds |",
-        "|---|---|",
-        "| abundances.npy | shares, (rows, columns, materials), float32, sum 1; NaN where a pixel was left out |",
-        "| guidance.npy | how pure each pixel is, (rows, columns), 0 even to 0.9 pure |",
-        "| endmembers.csv | spectra in the units of the cube, a row a channel |",
-        "| channels.csv | weight of each channel, what was found, what the header says |",
-        "| material-N.png, guidance.png | maps, white at 1 |",
-        "| unmixed.png | maps, spectra and weights together |",
-        "",
-        "Materials have no names: compare endmembers.csv with a spectral library. Shares of spectra that are nearly alike are "
-        "uncertain, and a material that covers no pixel nearly whole comes out mixed with its neighbours.",
-        "",
-        "Method: robust representation and learning-based sparsity (arXiv 1409.0685), mixtura system spectral-unmixing.",
-    ]
-    return lines
+    draw(folder / "unmixed.png", cube, model, maps, spoiled_channels(model))
 
 
 def _summary(maps: Maps) -> Table:
@@ -386,29 +305,8 @@ def _summary(maps: Maps) -> Table:
     return table
 
 
-def _spoiled(model: SpectralUnmixing) -> np.ndarray:
-    """Channels whose weight is below a quarter of the median of those that are not blank, (L,)."""
-    import numpy as np
-
-    seen = ~model.blank_channels_
-    return seen & (model.channel_weight_ < SPOILED * np.median(model.channel_weight_[seen]))
-
-
-def _listed(mask: np.ndarray) -> str:
-    """Channels as ranges, counted from 0: ``3, 7-9``."""
-    import numpy as np
-
-    at = np.flatnonzero(mask)
-    if not len(at):
-        return "none"
-    runs = np.split(at, np.flatnonzero(np.diff(at) > 1) + 1)
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs[:12])
-    text += f" and {sum(map(len, runs[12:]))} more" if len(runs) > 12 else ""
-    return text
-
-
 def _channels(mask: np.ndarray) -> str:
-    return f"channel{'s' if mask.sum() > 1 else ''} {_listed(mask)}"
+    return f"channel{'s' if mask.sum() > 1 else ''} {listed(mask)}"
 
 
 def _count(n: int, noun: str) -> str:
