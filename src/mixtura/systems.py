@@ -305,6 +305,11 @@ SYSTEMS: tuple[System, ...] = (
         "2212.07065",
         "audio",
         "The sound that a text names, separated from a recording, learned from noisy unlabelled clips.",
+        entry=(
+            "mixtura.audio.QuerySeparator",
+            "mixtura.audio.NoiseInvariantLoss",
+            "mixtura.audio.separate",
+        ),
     ),
     System(
         "audio-codec",
@@ -340,6 +345,12 @@ SYSTEMS: tuple[System, ...] = (
         "1409.0685",
         "vision",
         "What share of which material each pixel of a hyperspectral cube holds, in spite of bad bands.",
+        (
+            "mixtura.vision.SpectralUnmixing",
+            "mixtura.vision.read_cube",
+            "mixtura.vision.unmixing.fcls",
+            "mixtura.vision.unmixing.sunsal",
+        ),
     ),
     System(
         "image-quality",
@@ -361,6 +372,14 @@ SYSTEMS: tuple[System, ...] = (
         "2205.14375",
         "vision",
         "Image tokens mixed by wavelet transforms instead of attention.",
+        (
+            "mixtura.core.wavelets.haar2d",
+            "mixtura.vision.wavelet.WaveletClassifier",
+            "mixtura.vision.wavelet.WaveletMixing",
+            "mixtura.vision.wavelet.WaveletSegmenter",
+            "mixtura.vision.wavelet.WaveletSuperResolution",
+            "mixtura.vision.wavelet.convert_mixing",
+        ),
     ),
     System(
         "gan-shrinkage",
@@ -430,6 +449,12 @@ SYSTEMS: tuple[System, ...] = (
         "2112.09118",
         "multimodal",
         "Search by meaning with an encoder trained on unlabelled text alone.",
+        (
+            "mixtura.multimodal.Retriever",
+            "mixtura.multimodal.SearchIndex",
+            "mixtura.multimodal.TextEncoder",
+            "mixtura.multimodal.train_unsupervised",
+        ),
     ),
     System(
         "clip-moe",

@@ -10,9 +10,37 @@ from rich.console import Console
 from rich.markup import escape
 
 from mixtura import __version__
-from mixtura.cli import claims, cluster, compare, convert, demo, discover, lm, outliers, regress, solve_pde
+from mixtura.cli import (
+    claims,
+    classify,
+    cluster,
+    compare,
+    convert,
+    demo,
+    discover,
+    lm,
+    outliers,
+    regress,
+    search,
+    separate,
+    solve_pde,
+    unmix,
+)
 
 __all__ = ["app", "main"]
+
+# Which extra brings a package; what is not here is in the language models'.
+EXTRAS = {
+    "PIL": "vision",
+    "Stemmer": "search",
+    "bm25s": "search",
+    "pandas": "density",
+    "pyarrow": "density",
+    "sklearn": "density",
+    "soundfile": "audio",
+    "spectral": "vision",
+    "tokenizers": "search",
+}
 
 app = typer.Typer(
     name="mixtura",
@@ -33,7 +61,11 @@ cluster.add_to(app)
 discover.add_to(app)
 regress.add_to(app)
 solve_pde.add_to(app)
+classify.add_to(app)
+unmix.add_to(app)
 outliers.add_to(app)
+separate.add_to(app)
+search.add_to(app)
 claims.add_to(app)
 
 
@@ -77,7 +109,7 @@ def main() -> None:
 
 def _in_words(error: BaseException) -> str:
     if isinstance(error, ImportError) and error.name:
-        extra = "density" if error.name.partition(".")[0] in ("pandas", "pyarrow", "sklearn") else "lm"
+        extra = EXTRAS.get(error.name.partition(".")[0], "lm")
         return f"this command needs the package {error.name}; get it with: pip install 'mixtura[{extra}]'"
     if isinstance(error, OSError) and error.errno == 28:
         return f"the disk is full ({error.filename or 'while writing'}); nothing that stood there before was changed"

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from mixtura.cli.work import Say, check_device, check_writable, domains_of, usage_of
+from mixtura.cli.device import check_device
+from mixtura.cli.work import Say, check_writable, domains_of, usage_of
 from mixtura.core.measure import Meter
 from mixtura.core.page import save_figure
 from mixtura.lm import cost, loading

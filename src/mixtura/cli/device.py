@@ -1,4 +1,4 @@
-"""What ``--device`` may name."""
+"""The option --device, checked before any work is done for it."""
 
 import torch
 

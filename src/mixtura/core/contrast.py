@@ -1,20 +1,36 @@
 """Contrastive losses: two views of a thing come together, different things move apart.
 
-Shapes: B things of a batch, D width of an embedding, C prototypes, S = 2B rows where both views of all things are stacked.
+Shapes: B things of a batch, D width of an embedding, K keys in a queue, C prototypes, S = 2B rows where both views of all
+things are stacked.
 Embeddings are compared by the inner product of what comes in: give unit vectors (``torch.nn.functional.normalize``) for
 the cosine that the papers of the first two mean.
 
+Negatives need not come from the batch: in :class:`KeyQueue` the keys of the last batches wait, and the network that makes
+them follows the trained one so slowly (:func:`follow`) that old keys still agree with new ones.
+
 Source: van den Oord et al. 2018 (1807.03748), eq. 4, in the form of Chen et al. 2020 (2002.05709), eq. 1; Khosla et al.
-2020 (2004.11362), eq. 2; Li et al. 2021 (2005.04966), eq. 11-12; Gutmann and Hyvärinen 2012 for the pair loss.
+2020 (2004.11362), eq. 2; Li et al. 2021 (2005.04966), eq. 11-12; Gutmann and Hyvärinen 2012 for the pair loss; He et al.
+2020 (1911.05722), eq. 1-2 and algorithm 1, for the queue.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["concentrations", "info_nce", "pair_logistic", "prototype_contrast", "supervised_contrast"]
+__all__ = [
+    "KeyQueue",
+    "concentrations",
+    "follow",
+    "gathered",
+    "info_nce",
+    "pair_logistic",
+    "prototype_contrast",
+    "queue_contrast",
+    "supervised_contrast",
+]
 
 
 def info_nce(first: Tensor, second: Tensor, temperature: float = 0.1) -> Tensor:
@@ -150,6 +166,118 @@ def concentrations(
     low, high = torch.quantile(phi_C, phi_C.new_tensor([0.1, 0.9]))
     phi_C = phi_C.clamp(min=float(low), max=float(high)).clamp(min=1e-12)
     return phi_C * (temperature / phi_C.mean())
+
+
+class KeyQueue(nn.Module):
+    """The last K keys, the oldest first to go; it starts empty.
+
+    Args:
+        size: K, >= 1.
+        width: D, >= 1.
+
+    Example:
+        >>> queue = KeyQueue(3, 1)
+        >>> for key in (1.0, 2.0, 3.0, 4.0):
+        ...     queue.push(torch.tensor([[key]]))
+        >>> queue.ordered().flatten().tolist()
+        [2.0, 3.0, 4.0]
+    """
+
+    keys: Tensor
+    pushed: Tensor
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        if size < 1 or width < 1:
+            raise ValueError(f"size and width must be at least 1, got {size} and {width}")
+        self.register_buffer("keys", torch.zeros(size, width))
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.long))
+
+    def __len__(self) -> int:
+        return min(int(self.pushed), len(self.keys))
+
+    @torch.no_grad()
+    def push(self, keys: Tensor) -> None:
+        """Put keys, shape (B, D), into the queue in their order; of more than K the last K stay."""
+        if keys.dim() != 2 or keys.shape[1] != self.keys.shape[1]:
+            raise ValueError(f"keys must have shape (B, {self.keys.shape[1]}), got {tuple(keys.shape)}")
+        size = len(self.keys)
+        at = (int(self.pushed) + torch.arange(len(keys), device=keys.device)) % size
+        self.keys[at[-size:]] = keys[-size:].to(self.keys.dtype)
+        self.pushed += len(keys)
+
+    def held(self) -> Tensor:
+        """The keys in it in no particular order, shape (number of keys, D).
+
+        A copy: the queue moves on before the backward pass, which still needs them.
+        """
+        return self.keys[: len(self)].clone()
+
+    def ordered(self) -> Tensor:
+        """The keys in it from the oldest to the newest; a copy."""
+        size, pushed = len(self.keys), int(self.pushed)
+        return self.held() if pushed <= size else self.keys.roll(-(pushed % size), 0)
+
+
+def queue_contrast(
+    queries: Tensor, keys: Tensor, negatives: Tensor, temperature: float = 0.05, *, label_smoothing: float = 0.0
+) -> Tensor:
+    """How badly each query finds its own key among that key and the negatives, in nats, mean over the queries.
+
+    Args:
+        queries, keys: row by row the two sides of a pair, shape (B, D); the other keys of the batch are no negatives.
+        negatives: shape (K, D), K >= 1.
+        temperature: > 0; inner products are divided by it.
+        label_smoothing: share of the target that is spread over all candidates, in [0, 1).
+    Raises:
+        ValueError: shapes that do not match, no negatives, a temperature of 0 or below.
+    Source:
+        MoCo (1911.05722), eq. 1; logits are float32 whatever comes in.
+    Example:
+        >>> one = torch.eye(2)
+        >>> queue_contrast(one, one, one, temperature=1.0)  # of three candidates two are right
+        tensor(0.8620)
+    """
+    if queries.shape != keys.shape or queries.dim() != 2:
+        raise ValueError(
+            f"queries and keys must share a shape (B, D), got {tuple(queries.shape)} and {tuple(keys.shape)}"
+        )
+    if negatives.dim() != 2 or negatives.shape[1] != queries.shape[1] or len(negatives) < 1:
+        raise ValueError(f"negatives must have shape (K >= 1, {queries.shape[1]}), got {tuple(negatives.shape)}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0, got {temperature}")
+    own_B1 = (queries.float() * keys.float()).sum(-1, keepdim=True)
+    others_BK = queries.float() @ negatives.float().mT
+    logits = torch.cat([own_B1, others_BK], 1) / temperature
+    target = torch.zeros(len(queries), dtype=torch.long, device=queries.device)
+    return F.cross_entropy(logits, target, label_smoothing=label_smoothing)
+
+
+@torch.no_grad()
+def follow(slow: nn.Module, fast: nn.Module, momentum: float) -> None:
+    """Move every parameter of ``slow`` towards that of ``fast``: m * slow + (1 - m) * fast. Buffers are copied.
+
+    Source:
+        MoCo (1911.05722), eq. 2.
+    """
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be between 0 and 1, got {momentum}")
+    followers: list[Tensor] = list(slow.parameters())
+    leaders = [p.detach() for p in fast.parameters()]
+    if followers:
+        torch._foreach_lerp_(followers, leaders, 1 - momentum)
+    for mine, theirs in zip(slow.buffers(), fast.buffers(), strict=True):
+        mine.copy_(theirs)
+
+
+def gathered(keys: Tensor) -> Tensor:
+    """Keys of all processes, in the order of their ranks, shape (world * B, D); alone, the keys themselves. No gradient."""
+    keys = keys.detach()
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return keys
+    parts = [torch.empty_like(keys) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, keys.contiguous())
+    return torch.cat(parts)
 
 
 def _stacked(first: Tensor, second: Tensor, temperature: float) -> Tensor:

@@ -119,6 +119,7 @@ def fit(
     describe: Mapping[str, Any] | None = None,
     masks: MaskConfig | None = None,
     stop: int | None = None,
+    carried: Mapping[str, Tensor] | None = None,
 ) -> History:
     """Train the parameters of ``model`` that require gradients.
 
@@ -135,6 +136,8 @@ def fit(
         masks: how the masks of a sparse model move; ``None`` keeps them where they are.
         stop: leave the run after this many steps and keep its state in ``out``; copies of that directory are then resumed as
             branches of one run.
+        carried: what changes from step to step without a gradient, such as a queue or a slowly following network: saved with
+            every checkpoint, and overwritten in place from it on resuming. Running statistics of norms are carried anyway.
     Returns:
         Losses, one a step, those before a resumption included.
     Raises:
@@ -153,12 +156,13 @@ def fit(
     moving = None
     if masks is not None or any(found.parameter.requires_grad for found in masked_parameters(model).values()):
         moving = MaskOptimizer(model, optimizer, masks or MaskConfig(method="static"), total_steps=config.steps)
+    kept = {f"carried/{name}": t for name, t in (carried or {}).items()} | _running(model)
     history, first = History(), 0
     facts = {"config": _comparable(config), "data": dict(describe or {})}
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
     if out is not None and resume and (out / META).exists():
-        history.losses = _restore(out, model, trained, optimizer, facts, moving)
+        history.losses = _restore(out, trained, optimizer, facts, moving, kept)
         first = history.resumed_at = len(history.losses)
         log.info("resumed %s at step %d from %s", label, first, out)
     mode = model.training
@@ -172,7 +176,7 @@ def fit(
                 shown.update()
                 due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
                 if out is not None and (due or step + 1 == stop):
-                    _save(out, model, trained, optimizer, history, facts, moving)
+                    _save(out, trained, optimizer, history, facts, moving, kept)
     except KeyboardInterrupt:
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
@@ -246,7 +250,7 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
 def _running(model: nn.Module) -> dict[str, Tensor]:
     """Running means and variances of normalisation: they move with the steps, and no gradient brings them back."""
     return {
-        f"{at}.{name}" if at else name: buffer
+        f"buffer/{at}.{name}" if at else f"buffer/{name}": buffer
         for at, module in model.named_modules()
         if isinstance(module, nn.modules.batchnorm._NormBase)
         for name, buffer in module.named_buffers(recurse=False)
@@ -255,19 +259,17 @@ def _running(model: nn.Module) -> dict[str, Tensor]:
 
 def _save(
     out: Path,
-    model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     history: History,
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
+    carried: Mapping[str, Tensor],
 ) -> None:
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {name: t.detach().contiguous() for name, t in carried.items()}
     if moving is not None:
         for name, found in moving.masked.items():
             tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
-    for name, running in _running(model).items():
-        tensors[f"buffer/{name}"] = running.contiguous()
     for name, p in trained.items():
         tensors[f"weight/{name}"] = p.detach().contiguous()
         for key, value in optimizer.state.get(p, {}).items():
@@ -279,11 +281,11 @@ def _save(
 
 def _restore(
     out: Path,
-    model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
+    carried: Mapping[str, Tensor],
 ) -> list[float]:
     meta = read_json(out / META)
     parts = (facts.keys() | meta.keys()) - {"losses"}
@@ -304,14 +306,19 @@ def _restore(
         with torch.no_grad():
             p.copy_(saved)
         state = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
-        for own in ("weight", "mask", "union"):
+        for own in ("weight", "mask", "union", "carried", "buffer"):
             state.pop(own, None)
         if state:
             optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
-    with torch.no_grad():
-        for name, running in _running(model).items():
-            if (kept_buffer := tensors.get(f"buffer/{name}")) is not None:
-                running.copy_(kept_buffer)
+    for name, t in carried.items():
+        saved = tensors.get(name)
+        if saved is None and name.startswith("buffer/"):
+            continue  # a checkpoint from before they were kept
+        if saved is None or saved.shape != t.shape:
+            came = "nothing" if saved is None else str(tuple(saved.shape))
+            raise ValueError(f"{out} holds another run: {name} is {tuple(t.shape)} here and {came} there")
+        with torch.no_grad():
+            t.copy_(saved)
     if moving is not None:
         kept = [{n: tensors[f"{kind}/{n}"] for n in moving.masked} for kind in ("mask", "union")]
         moving.restore(kept[0], kept[1], len(meta["losses"]))

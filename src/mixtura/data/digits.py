@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from mixtura.data.texts import MissingData
 
-__all__ = ["digits", "fashion_mnist", "halved", "mnist_sample", "patches", "read_idx", "read_mnist"]
+__all__ = ["GARMENTS", "digits", "fashion_mnist", "halved", "mnist_sample", "patches", "read_idx", "read_mnist"]
 
 IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 DEBIAN = Path("/usr/share/datasets")
 IMAGES = "MIXTURA_IMAGES"  # a directory that holds fashion-mnist, as it is distributed
+# Kinds of clothes in Fashion-MNIST, by their number.
+GARMENTS = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 Images = NDArray[np.float64]
 
 

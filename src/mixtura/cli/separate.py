@@ -1,0 +1,339 @@
+"""``separate``: recordings in, what was asked for out; and the training of a separator on one's own sounds."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from mixtura.cli.default_command import DefaultGroup
+
+if TYPE_CHECKING:  # heavy, and `--help` needs none of it
+    from mixtura.audio.files import Recording
+    from mixtura.audio.separate import QuerySeparator
+    from mixtura.audio.separate.files import FileStems
+
+__all__ = ["add_to"]
+
+DONE = "separated.json"
+
+
+class MaskName(StrEnum):
+    """How a mask is used."""
+
+    soft = "soft"
+    binary = "binary"
+
+
+class FormatName(StrEnum):
+    """Kinds of files written."""
+
+    wav = "wav"
+    flac = "flac"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands of this module."""
+    group = typer.Typer(cls=DefaultGroup, help="Pull the sounds that you name out of recordings.")
+    group.command("run")(separate)
+    group.command("train")(train)
+    app.add_typer(group, name="separate")
+
+
+def separate(
+    recordings: Annotated[
+        list[Path] | None, typer.Argument(help="WAV, FLAC, OGG or MP3 files.", show_default=False)
+    ] = None,
+    query: Annotated[
+        list[str] | None, typer.Option("--query", "-q", help="Name of a sound; repeat for more.", show_default=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Directory to write to.")] = Path("stems"),
+    model: Annotated[
+        Path | None, typer.Option(help="Directory of a separator of your own; else the one that comes with mixtura.")
+    ] = None,
+    mask: Annotated[
+        MaskName,
+        typer.Option(help="soft: turned down by degrees. binary: kept or silenced, less of others but rougher."),
+    ] = MaskName.soft,
+    threshold: Annotated[float, typer.Option(help="Of binary masks, between 0 and 1.")] = 0.5,
+    format: Annotated[FormatName, typer.Option(help="Of the stems.")] = FormatName.wav,
+    picture: Annotated[bool, typer.Option(help="Write a picture of the spectrograms too.")] = True,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds that are separated at a time; memory grows with them.")
+    ] = 20.0,
+    known: Annotated[bool, typer.Option("--list", help="List the sounds that the model knows, and stop.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Separate what an earlier run finished once more.")] = False,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Nothing here is drawn by chance; accepted for scripts.", hidden=True)] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will do, and stop.")] = False,
+) -> None:
+    """Pull the sounds that you name out of recordings.
+
+    Of mix.wav and --query violin it writes stems/mix-violin.wav, stems/mix-rest.wav (all that no query took: the files add up
+    to the recording) and stems/mix.png, a picture of the spectrograms. Any length, sample rate and number of channels; stems
+    have those of the recording. The model that comes with mixtura knows instruments by name (--list) and was taught on a
+    synthesizer's: expect traces of the others.
+
+    A bad file is named and the others go on; what an earlier run finished is not done again.
+
+    Examples:
+
+        mixtura separate mix.wav --query violin
+
+        mixtura separate mix.wav --query violin --query piano --out stems/
+
+        mixtura separate live/*.flac -q drums --mask binary --format flac
+
+        mixtura separate --list
+
+    To teach a separator your own sounds: mixtura separate train --help
+    """
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    from mixtura.audio.files import open_recording
+    from mixtura.cli.device import check_device
+
+    check_device(device)
+    separator = _model(model)
+    if known:
+        say(_known(separator))
+        return
+    if not recordings:
+        raise ValueError("name a recording: mixtura separate mix.wav --query violin")
+    if not query:
+        raise ValueError(
+            "name a sound with --query, such as --query violin (mixtura separate --list shows what is known)"
+        )
+    queries = list(dict.fromkeys(text.strip() for text in query))
+    separator.embed(queries)  # an unknown name ends it here, before any work
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists and is not a directory")
+    _check_settings(threshold, seconds)
+    _check_names(recordings, queries)
+    settings = {
+        "queries": queries,
+        "mask": mask.value,
+        "threshold": threshold,
+        "format": format.value,
+        "picture": picture,
+    }
+    settings |= {"seconds": seconds, "model": str(model or "")}
+    separator.to(device)
+    failed = 0
+    for path in recordings:
+        try:
+            found = open_recording(path)
+            if not again and _is_done(out, found, settings):
+                say(f"{path}: done before; --again separates it once more")
+                continue
+            say(_line(found, separator))
+            if dry_run:
+                say("  would write " + ", ".join(str(p) for p in _places(out, path, queries, format.value, picture)))
+                continue
+            written = _one(separator, found, queries, out, settings)
+            console.print(_summary(queries, written))
+            if written.clipped > 1e-4:
+                say(f"  note: {written.clipped:.1%} of its samples are clipped; stems inherit that distortion")
+            _note_done(out, found, settings)
+            say(
+                f"  {', '.join(p.name for p in _places(out, path, queries, format.value, picture))} in {out} are written"
+            )
+        except (ValueError, OSError) as error:
+            if len(recordings) == 1:
+                raise
+            failed += 1
+            Console(stderr=True, highlight=False).print(f"error {error}", soft_wrap=True, markup=False)
+    if failed:
+        raise ValueError(f"{failed} of {len(recordings)} recordings could not be separated; the others are written")
+
+
+def train(
+    out: Annotated[Path, typer.Option(help="Directory to write the separator to.")],
+    captions: Annotated[
+        Path | None,
+        typer.Option(
+            help="CSV file with the columns file and text: what each clip holds. Without it, the built-in recipe."
+        ),
+    ] = None,
+    audio: Annotated[Path | None, typer.Option(help="Directory of the clips. Default: that of the CSV file.")] = None,
+    steps: Annotated[int, typer.Option(help="Steps of 16 mixtures.")] = 1500,
+    phrases: Annotated[int, typer.Option(help="Phrases rendered of each program, in the built-in recipe.")] = 60,
+    half: Annotated[bool, typer.Option(help="Store float16, half the size.")] = True,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of everything that chance enters.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will do, and stop.")] = False,
+) -> None:
+    """Train a separator that is asked by name.
+
+    With --captions on your own clips of single sounds, of which those with different texts are mixed with each other. Without,
+    by the recipe of the separator that comes with mixtura: phrases of instruments rendered from a sound font, and synthetic
+    speech (Debian: fluidsynth, timgm6mb-soundfont, flite, espeak-ng); its 1500 steps take about four minutes on one core.
+
+    An interrupted training goes on where it stopped; its state stands in OUT.state until it is done.
+
+    Examples:
+
+        mixtura separate train --out my-separator
+
+        mixtura separate train --captions birds.csv --audio clips --steps 5000 --out birds
+
+        mixtura separate dawn.wav --model birds --query blackbird
+    """
+    import shutil
+
+    from mixtura.audio.separate import ready
+    from mixtura.cli.device import check_device
+
+    console = Console(highlight=False)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, markup=False)
+
+    check_device(device)
+    if steps < 1 or phrases < 1:
+        raise ValueError(f"--steps and --phrases must be at least 1, got {steps} and {phrases}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} exists and is not a directory")
+    state = out.with_name(f"{out.name}.state")
+    if captions is None:
+        if audio is not None:
+            raise ValueError("--audio names the directory of the clips in --captions; give both or neither")
+        say(f"train on {phrases} phrases of each program, {len(ready.SOUNDS)} sounds, {steps:,} steps")
+        if dry_run:
+            return
+        model, history = ready.train_default(state, steps=steps, phrases=phrases, seed=seed, device=device)
+        note: dict[str, Any] = {"recipe": f"mixtura separate train --steps {steps} --phrases {phrases} --seed {seed}"}
+    else:
+        from mixtura.audio.separate.own import read_captions, train_own
+
+        clips = read_captions(captions, audio or captions.parent)
+        say(f"train on {len(clips)} clips of {len({text for _, text in clips})} sounds, {steps:,} steps")
+        if dry_run:
+            return
+        model, history = train_own(clips, state, steps=steps, seed=seed, device=device)
+        note = {"recipe": f"mixtura separate train --captions {captions.name} --steps {steps} --seed {seed}"}
+    if history.resumed_at:
+        say(f"went on from step {history.resumed_at}")
+    last = history.losses[-100:]
+    model.save_pretrained(out, half=half, note=note)
+    shutil.rmtree(state, ignore_errors=True)
+    say(f"{out} is written; loss over the last steps {sum(last) / len(last):.4f}")
+    say(f"use it: mixtura separate FILE --model {out} --query NAME")
+
+
+def _model(path: Path | None) -> QuerySeparator:
+    from mixtura.audio.separate import QuerySeparator, default_separator
+
+    return default_separator() if path is None else QuerySeparator.from_pretrained(path)
+
+
+def _known(separator: QuerySeparator) -> str:
+    names = getattr(separator.text, "names", None)
+    if names is None:
+        return "this separator has no list of names; ask it in words"
+    return "\n".join(name + (f" (also: {', '.join(others)})" if others else "") for name, others in names.items())
+
+
+def _line(found: Recording, separator: QuerySeparator) -> str:
+    minutes, seconds = divmod(found.seconds, 60)
+    length = f"{int(minutes)} min {seconds:.0f} s" if minutes else f"{seconds:.1f} s"
+    line = f"{found.path}: {length}, {found.channels} channel{'s' if found.channels > 1 else ''} at {found.rate:,} Hz"
+    if found.rate < separator.sample_rate:
+        line += f"; the model listens up to {separator.sample_rate // 2:,} Hz, of which this has the lower {found.rate // 2:,}"
+    return line
+
+
+def _one(
+    separator: QuerySeparator, found: Recording, queries: list[str], out: Path, settings: dict[str, Any]
+) -> FileStems:
+    from mixtura.audio.separate.files import separate_file
+
+    places = _places(out, found.path, queries, settings["format"], settings["picture"])
+    written = separate_file(
+        separator,
+        found,
+        queries,
+        places[: len(queries)],
+        places[len(queries)],
+        mask=settings["mask"],
+        threshold=settings["threshold"],
+        seconds=settings["seconds"],
+        overlap=min(2.0, settings["seconds"] / 4),
+    )
+    if settings["picture"]:
+        from mixtura.cli.separate_picture import draw
+
+        draw(places[-1], written.sketches, [found.path.name, *queries, "rest"], found, separator)
+    return written
+
+
+def _summary(queries: list[str], written: FileStems) -> Table:
+    import math
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("  stem")
+    table.add_column("level", justify="right")
+    for name, level in zip([*queries, "rest"], written.levels, strict=True):
+        decibels = 20 * math.log10(max(level, 1e-9) / written.mixture)
+        quiet = "  (hardly any of it was found)" if decibels < -30 and name != "rest" else ""
+        table.add_row(f"  {name}", f"{decibels:+.1f} dB{quiet}")
+    return table
+
+
+def _places(out: Path, path: Path, queries: list[str], kind: str, picture: bool) -> list[Path]:
+    names = [f"{path.stem}-{_slug(text)}.{kind}" for text in (*queries, "rest")]
+    return [out / name for name in names] + ([out / f"{path.stem}.png"] if picture else [])
+
+
+def _slug(text: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in text.lower()).split()) or "query"
+
+
+def _check_settings(threshold: float, seconds: float) -> None:
+    if not 0 < threshold < 1:
+        raise ValueError(f"--threshold must lie between 0 and 1, got {threshold}")
+    if not 1 <= seconds <= 600:
+        raise ValueError(f"--seconds must lie between 1 and 600, got {seconds}")
+
+
+def _check_names(recordings: list[Path], queries: list[str]) -> None:
+    """No two files may be written to one name."""
+    stems: dict[str, Path] = {}
+    for path in recordings:
+        if (other := stems.setdefault(path.stem, path)) is not path:
+            raise ValueError(
+                f"{other} and {path} would write the same files; separate them into different --out directories"
+            )
+    slugs: dict[str, str] = {}
+    for text in (*queries, "rest"):
+        if (same := slugs.setdefault(_slug(text), text)) != text or (text == "rest" and "rest" in queries):
+            raise ValueError(f"the queries {same!r} and {text!r} would write the same file")
+
+
+def _facts(found: Recording, settings: dict[str, Any]) -> dict[str, Any]:
+    about = found.path.stat()
+    return {"bytes": about.st_size, "modified": about.st_mtime_ns, "settings": settings}
+
+
+def _is_done(out: Path, found: Recording, settings: dict[str, Any]) -> bool:
+    from mixtura.core.checkpoint import read_json
+
+    if not (out / DONE).exists():
+        return False
+    row = read_json(out / DONE).get(str(found.path.resolve()))
+    places = _places(out, found.path, settings["queries"], settings["format"], settings["picture"])
+    return row == _facts(found, settings) and all(path.exists() for path in places)
+
+
+def _note_done(out: Path, found: Recording, settings: dict[str, Any]) -> None:
+    from mixtura.core.checkpoint import read_json, write_json
+
+    rows = read_json(out / DONE) if (out / DONE).exists() else {}
+    write_json(out / DONE, rows | {str(found.path.resolve()): _facts(found, settings)})

@@ -1,0 +1,1 @@
+"""Search by meaning, learned from text that nobody labelled."""
