@@ -156,3 +156,27 @@ def test_running_statistics_are_resumed_and_branches_go_on_from_one_beginning(tm
         assert torch.equal(value, branch.state_dict()[name]), name
     with pytest.raises(ValueError, match="stop must be at least 1 and needs out"):
         fit(branch, losses(branch), config, stop=5)
+
+
+def test_sgd_takes_the_steps_of_torchs_with_nesterov_momentum_on_the_cosine():
+    config = TrainConfig(steps=6, lr=0.1, warmup=0.0, final=0.0, weight_decay=0.01, clip=0.0, optimizer="sgd")
+    ours, theirs = small_model().eval(), small_model().eval()
+
+    def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        return model.get_submodule("2")(model.get_submodule("0")(x)).pow(2).mean()
+
+    fit(ours, lambda step: loss_of(ours, step), config)
+    decayed = [{"params": [p for p in theirs.parameters() if (p.dim() > 1) == matrix]} for matrix in (True, False)]
+    decayed[1]["weight_decay"] = 0.0  # type: ignore[assignment]
+    optimizer = torch.optim.SGD(decayed, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+    for step in range(6):
+        optimizer.zero_grad()
+        loss_of(theirs, step).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config)
+        optimizer.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    with pytest.raises(ValueError, match="optimizer must be 'adamw' or 'sgd', got 'lion'"):
+        TrainConfig(steps=1, optimizer="lion")  # type: ignore[arg-type]

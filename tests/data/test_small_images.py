@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mixtura.data.digits import digits, fashion_mnist, patches, read_idx, read_mnist
+from mixtura.data.digits import digits, fashion_mnist, halved, mnist_sample, patches, read_idx, read_mnist
+from mixtura.data.glyphs import glyphs
 from mixtura.data.planar import PLANAR, planar
 
 
@@ -72,6 +73,7 @@ def test_an_unknown_planar_set_lists_the_known_ones():
 
 def test_clothes_are_read_from_a_named_directory_or_said_to_be_missing(tmp_path: Path, monkeypatch):
     monkeypatch.setattr("mixtura.data.digits.DEBIAN", tmp_path / "none")
+    monkeypatch.delenv("MIXTURA_IMAGES", raising=False)
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         fashion_mnist()
     folder = tmp_path / "fashion-mnist"
@@ -81,3 +83,24 @@ def test_clothes_are_read_from_a_named_directory_or_said_to_be_missing(tmp_path:
     monkeypatch.setenv("MIXTURA_IMAGES", str(tmp_path))
     images, kinds = fashion_mnist("t10k")
     assert images.shape == (2, 28, 28) and kinds.tolist() == [7, 1]
+
+
+def test_halved_images_are_means_of_four_pixels():
+    np.testing.assert_array_equal(halved(np.arange(16.0).reshape(1, 4, 4)), [[[2.5, 4.5], [10.5, 12.5]]])
+    with pytest.raises(ValueError, match="must have even sides to be halved, got 3 x 4"):
+        halved(np.zeros((1, 3, 4)))
+
+
+def test_the_sample_of_mnist_has_500_of_each_digit():
+    images, labels = mnist_sample()
+    assert images.shape == (5000, 28, 28) and np.bincount(labels).tolist() == [500] * 10
+    assert images.min() == 0 and images.max() == 1
+
+
+def test_glyphs_repeat_with_their_seed_and_lie_in_the_middle():
+    drawn = glyphs(40, 28, seed=1)
+    np.testing.assert_array_equal(drawn, glyphs(40, 28, seed=1))
+    assert drawn.min() >= 0 and drawn.max() <= 1
+    assert (drawn.max((1, 2)) > 0.5).all()  # every one shows a letter
+    assert drawn[:, 0].max() == 0 and drawn[:, :, 0].max() == 0 and drawn[:, -1].max() == 0
+    assert len(np.unique(drawn.reshape(40, -1), axis=0)) == 40
