@@ -279,6 +279,7 @@ def _tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
 
 def plot(record: Record, figure: Any) -> None:
     """Left: accuracy after few and many epochs, a dot a seed; right: what a block costs beside a residual block."""
+    figure.set_size_inches(9.5, 4.2)
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     seeds = record["seeds"]
     labels = {
@@ -298,7 +299,7 @@ def plot(record: Record, figure: Any) -> None:
             left.plot(values, [row] * len(values), "o", color=color, markersize=5, alpha=0.8, label=label)
     left.set_yticks(range(len(labels)), list(labels.values()))
     left.invert_yaxis()
-    left.legend(fontsize=7, loc="lower left")
+    left.legend(fontsize=7, ncols=3, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.16))
     left.set_xlabel("test accuracy, % (a dot a seed)")
     left.set_title("same stem, head and training;\nabout 9,800 parameters each", fontsize=9)
     rows = ["multiply_adds", "parameters", "bytes", "time"]
@@ -312,7 +313,7 @@ def plot(record: Record, figure: Any) -> None:
     )
     right.invert_yaxis()
     right.set_xlim(0, 1.35)
-    right.set_xlabel("wavelet block over residual block")
+    right.set_xlabel("share of a residual block's")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
 
@@ -348,6 +349,10 @@ CLAIM = Claim(
     plot=plot,
     limits=(
         "Images of 16 x 16 and networks of 10,000 parameters trained for minutes, where the paper trains up to 63 million for "
-        "days."
+        "days. At this size a residual network of as many parameters is more accurate after 14 epochs in every seed (by 0.8 to "
+        "1.4 points, and by 0.4 to 1.1 in equal time), so the paper's fewer parameters at equal accuracy is not shown; a vision "
+        "transformer is less accurate. Random orthonormal filters and the bare pixels, which lose nothing either, are about "
+        "level after 14 epochs (0.2 and 0.3 points below, seeds disagree): a 1 x 1 convolution can undo a shared rotation, and "
+        "what counts is that nothing is lost, not that it is a wavelet. A block has 1.13 times a residual block's parameters."
     ),
 )
