@@ -83,3 +83,12 @@ def test_wavelets_that_cannot_be_had_are_named(wavelet: str, size: int, message:
     pytest.importorskip("pywt", reason="PyWavelets is a benchmark peer: pip install PyWavelets")
     with pytest.raises(ValueError, match=message):
         wavelet2d(torch.zeros(size, size), wavelet)
+
+
+@pytest.mark.parametrize("size", [(4, 6), (5, 3)])
+def test_gradients_of_haar_and_its_inverse_are_those_of_finite_differences(size: tuple[int, int]):
+    x = torch.randn(2, *size, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: haar2d(x, 2)[1], (x,))
+    assert torch.autograd.gradgradcheck(lambda x: haar2d(x)[0].pow(3), (x,))
+    bands = haar2d(x.detach())[0].requires_grad_()
+    assert torch.autograd.gradcheck(lambda b: ihaar2d(b, size), (bands,))

@@ -2,19 +2,20 @@
 
 Sub-bands come in the order of PyWavelets: approximation LL, then details along the height, the width and both (cH, cV, cD).
 They are orthonormal: energy is kept. The Haar transform is sums and differences of the four pixels of a 2 x 2 square, so it
-needs no convolution and fuses under ``torch.compile``.
+needs no convolution.
 
 Shapes: ... any leading axes, H height, W width.
 Source: Mallat 1989, "A theory for multiresolution signal decomposition"; bands and signs as in PyWavelets.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["four_bands", "haar2d", "ihaar2d", "iwavelet2d", "squares", "wavelet2d"]
+__all__ = ["haar2d", "ihaar2d", "iwavelet2d", "squares", "wavelet2d"]
 
 MODES = ("zero", "periodization")
 
@@ -28,13 +29,6 @@ def squares(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if height % 2 or width % 2:
         x = F.pad(x, (0, width % 2, 0, height % 2))
     return x[..., ::2, ::2], x[..., ::2, 1::2], x[..., 1::2, ::2], x[..., 1::2, 1::2]
-
-
-def four_bands(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """LL, cH, cV, cD of one level of the Haar transform, each (..., ceil(H/2), ceil(W/2))."""
-    a, b, c, d = squares(x)
-    upper, lower, left, right = a + b, c + d, a - b, c - d
-    return 0.5 * (upper + lower), 0.5 * (upper - lower), 0.5 * (left + right), 0.5 * (left - right)
 
 
 def haar2d(x: Tensor, levels: int = 1) -> list[Tensor]:
@@ -53,9 +47,9 @@ def haar2d(x: Tensor, levels: int = 1) -> list[Tensor]:
     _check(x, levels)
     found = []
     for _ in range(levels):
-        bands = four_bands(x)
-        found.append(torch.stack(bands, -3))
-        x = bands[0]
+        bands = _transform(x)
+        found.append(bands)
+        x = bands[..., 0, :, :]
     return found
 
 
@@ -70,11 +64,7 @@ def ihaar2d(bands: Tensor, size: tuple[int, int] | None = None) -> Tensor:
     """
     if bands.dim() < 3 or bands.shape[-3] != 4:
         raise ValueError(f"bands must have shape (..., 4, h, w), got {tuple(bands.shape)}")
-    ll, ch, cv, cd = bands.unbind(-3)
-    even, odd = ll + ch, ll - ch
-    upper = torch.stack((even + cv + cd, even - cv - cd), -1).flatten(-2)
-    lower = torch.stack((odd + cv - cd, odd - cv + cd), -1).flatten(-2)
-    x = 0.5 * torch.stack((upper, lower), -2).flatten(-3, -2)
+    x = _invert(bands)
     return x if size is None else x[..., : size[0], : size[1]]
 
 
@@ -116,6 +106,60 @@ def iwavelet2d(bands: Tensor, wavelet: str = "db2", mode: str = "periodization")
     ll, ch, cv, cd = bands.unbind(-3)
     upper, lower = _synthesise(ll, cv, low, high, -1, mode), _synthesise(ch, cd, low, high, -1, mode)
     return _synthesise(upper, lower, low, high, -2, mode)
+
+
+def _transform(x: Tensor) -> Tensor:
+    found: Tensor = _Haar.apply(x)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _invert(bands: Tensor) -> Tensor:
+    found: Tensor = _Inverse.apply(bands)  # type: ignore[no-untyped-call]
+    return found
+
+
+class _Haar(torch.autograd.Function):
+    """One level, (..., H, W) -> (..., 4, h, w). Orthonormal, so that its gradient is its inverse and nothing is kept for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        height, width = ctx.size = x.shape[-2:]
+        if height % 2 or width % 2:
+            x = F.pad(x, (0, width % 2, 0, height % 2))
+        rows = x.reshape(*x.shape[:-2], -1, 2, x.shape[-1])
+        # Whole rows first: only the second of the two stages then reads every other pixel.
+        both, apart = rows[..., 0, :] + rows[..., 1, :], rows[..., 0, :] - rows[..., 1, :]
+        out = x.new_empty(*both.shape[:-2], 4, both.shape[-2], both.shape[-1] // 2)
+        for ll, cv, part in ((0, 2, both), (1, 3, apart)):
+            torch.add(part[..., ::2], part[..., 1::2], out=out[..., ll, :, :])
+            torch.sub(part[..., ::2], part[..., 1::2], out=out[..., cv, :, :])
+        return out.mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        height, width = ctx.size
+        return _invert(gradient)[..., :height, :width]
+
+
+class _Inverse(torch.autograd.Function):
+    """(..., 4, h, w) -> (..., 2h, 2w)."""
+
+    @staticmethod
+    def forward(ctx: Any, bands: Tensor) -> Tensor:
+        ll, ch, cv, cd = bands.unbind(-3)
+        *lead, height, width = ll.shape
+        out = bands.new_empty(*lead, height, 2, 2 * width)
+        both, apart = bands.new_empty(2, *lead, height, 2 * width)
+        for part, low, high in ((both, ll, cv), (apart, ch, cd)):
+            torch.add(low, high, out=part[..., ::2])
+            torch.sub(low, high, out=part[..., 1::2])
+        torch.add(both, apart, out=out[..., 0, :])
+        torch.sub(both, apart, out=out[..., 1, :])
+        return out.flatten(-3, -2).mul_(0.5)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _transform(gradient)
 
 
 def _analyse(x: Tensor, low: Tensor, high: Tensor, dim: int, mode: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mixtura.core.wavelets import four_bands, squares, wavelet2d
+from mixtura.core.wavelets import haar2d, squares, wavelet2d
 
 __all__ = ["MIXERS", "UPSAMPLING", "Mixer", "Upsample", "WaveletMixing"]
 
@@ -50,6 +50,7 @@ class WaveletMixing(nn.Module):
     """
 
     random: Tensor
+    order: Tensor
 
     def __init__(
         self,
@@ -93,6 +94,10 @@ class WaveletMixing(nn.Module):
             )
             for level in range(levels)
         )
+        quarter = channels // 4
+        details = quarter + torch.arange(3 * quarter).view(quarter, 3)
+        order = torch.cat((torch.arange(quarter)[:, None], details), 1).flatten()
+        self.register_buffer("order", order, persistent=False)
         if mixer == "random":
             self.register_buffer("random", torch.linalg.qr(torch.randn(4, 4))[0])
 
@@ -109,25 +114,39 @@ class WaveletMixing(nn.Module):
     def _mixed(self, r: Tensor) -> Tensor:
         maps = []
         for _ in range(self.levels):
-            bands = self._bands(r)
-            # Every level keeps its approximation beside the details; details lie three by three after their channel.
-            details = torch.stack(bands[1:], 2).flatten(1, 2)
-            maps.append(torch.cat((bands[0], details), 1))
-            r = bands[0]
-        out = self.mixing[-1](maps[-1])
-        for level in range(self.levels - 2, -1, -1):
-            out = self.mixing[level](torch.cat((maps[level], out), 1))
+            maps.append(self._bands(r))
+            r = maps[-1][:, :, 0]
+        out = None
+        for level in range(self.levels - 1, -1, -1):
+            out = self._upward(self.mixing[level], maps[level], out)
+        assert out is not None
         return out
 
-    def _bands(self, r: Tensor) -> tuple[Tensor, ...]:
+    def _upward(self, mixing: nn.Module, bands: Tensor, deeper: Tensor | None) -> Tensor:
+        """The channel mixing of one level, of its sub-bands (B, C/4, 4, h, w) and of what came up from the deeper one.
+
+        The first convolution would want approximations first, then the details of one channel after another, then the deeper
+        maps. Its weights are taken in the order in which the maps lie instead: weights are few, maps are large.
+        """
+        assert isinstance(mixing, nn.Sequential)
+        first = mixing[0]
+        assert isinstance(first, nn.Conv2d)
+        weight = first.weight[:, self.order]
+        out = F.conv2d(bands.flatten(1, 2), weight, first.bias)
+        if deeper is not None:
+            out = out + F.conv2d(deeper, first.weight[:, self.channels :])
+        return mixing[1:](out)
+
+    def _bands(self, r: Tensor) -> Tensor:
+        """Sub-bands of every channel, (B, C/4, 4, h, w), the approximation first."""
         if self.mixer == "dwt":
-            return four_bands(r) if self.wavelet == "haar" else wavelet2d(r, self.wavelet)[0].unbind(-3)
-        parts = squares(r)
+            return (haar2d(r) if self.wavelet == "haar" else wavelet2d(r, self.wavelet))[0]
+        parts = torch.stack(squares(r), 2)
         if self.mixer == "average":
-            return (0.5 * (parts[0] + parts[1] + parts[2] + parts[3]),) * 4
+            return 0.5 * parts.sum(2, keepdim=True).expand_as(parts)
         if self.mixer == "none":
             return parts
-        return torch.einsum("ij,jbchw->ibchw", self.random, torch.stack(parts)).unbind(0)
+        return torch.einsum("ij,bcjhw->bcihw", self.random, parts)
 
     def reach(self) -> tuple[int, int]:
         """How far a pixel's influence goes, at most: pixels before and after it, along each side, for ``"haar"``.
