@@ -9,12 +9,12 @@ htdemucs: neither's time depends on what the weights are. Both get the same 60 s
 from __future__ import annotations
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,7 +67,9 @@ def print_memory(which: str, seconds: float, quick: bool) -> None:
     """What one separation adds to the peak of this process."""
 
     def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        # Not getrusage: its peak survives exec, so a child starts with that of the process that started it.
+        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) / 1024
 
     if which == "peer":
         model, wave = htdemucs(), audio(seconds)

@@ -174,7 +174,7 @@ def train(
 
     With --captions on your own clips of single sounds, of which those with different texts are mixed with each other. Without,
     by the recipe of the separator that comes with mixtura: phrases of instruments rendered from a sound font, and synthetic
-    speech (Debian: fluidsynth, timgm6mb-soundfont, flite, espeak-ng); its 1500 steps take about four minutes on one core.
+    speech (Debian: fluidsynth, timgm6mb-soundfont, flite, espeak-ng); its 1500 steps take about five minutes on one core.
 
     An interrupted training goes on where it stopped; its state stands in OUT.state until it is done.
 

@@ -61,8 +61,9 @@ def bss_eval(estimate: Tensor, sources: Tensor, *, taps: int = 512) -> Separatio
     gram = gram.transpose(-3, -2).reshape(*e.shape[:-1], n * taps, n * taps)
     along = torch.fft.irfft(spectra.conj() * torch.fft.rfft(e, size)[..., None, :], size)[..., :taps].flatten(-2)
     whole = (e**2).sum(-1)
-    own = _length(gram[..., :taps, :taps], along[..., :taps])
-    every = _length(gram, along)
+    half = _whitened(gram, along)
+    # The target's block comes first, so its own factor is the corner of the whole one: one factor serves both projections.
+    own, every = (half[..., :taps] ** 2).sum(-1), (half**2).sum(-1)
     return SeparationScores(_decibels(own, whole - own), _decibels(own, every - own), _decibels(every, whole - every))
 
 
@@ -85,15 +86,12 @@ def si_sdr(estimate: Tensor, target: Tensor) -> Tensor:
     return _decibels((image**2).sum(-1), ((estimate - image) ** 2).sum(-1))
 
 
-def _length(gram: Tensor, along: Tensor) -> Tensor:
-    """Squared length of the projection onto vectors with this Gram matrix and these inner products."""
+def _whitened(gram: Tensor, along: Tensor) -> Tensor:
+    """Inner products with vectors of this Gram matrix, made those with an orthonormal basis of the same space."""
     # A hair on the diagonal: a band-limited source makes the matrix singular to working precision.
-    ridge = (
-        1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(gram.shape[-1], dtype=gram.dtype)
-    )
+    ridge = 1e-10 * gram.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None] * torch.eye(gram.shape[-1]).to(gram)
     factor = torch.linalg.cholesky(gram + ridge)
-    half = torch.linalg.solve_triangular(factor, along[..., None], upper=False)[..., 0]
-    return (half**2).sum(-1)
+    return torch.linalg.solve_triangular(factor, along[..., None], upper=False)[..., 0]
 
 
 def _decibels(signal: Tensor, rest: Tensor) -> Tensor:
