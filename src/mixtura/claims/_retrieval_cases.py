@@ -34,6 +34,7 @@ class Size:
         batch, queue: of the contrast.
         depth: documents that each search brings to a fusion.
         languages: of the questions, beside English.
+        device: where encoders are trained.
     """
 
     asked: int = 2000
@@ -48,12 +49,13 @@ class Size:
     queue: int = 8192
     depth: int = 1000
     languages: tuple[str, ...] = ABROAD
+    device: str = "cpu"
 
 
 SIZES: dict[Scale, Size] = {
     "smoke": Size(60, 40, 40, 10, 400, 500, 30, 30, 32, 64, 50, ("da", "ru")),
     "cpu": Size(),
-    "gpu": Size(steps=4000, steps_all=4000, batch=1024, queue=65_536),
+    "gpu": Size(steps=4000, steps_all=4000, batch=1024, queue=65_536, device="cuda"),
 }
 
 

@@ -65,7 +65,7 @@ def learned(
     # Identical crops differ by dropout alone, which is what that way of learning consists of.
     dropout = 0.1 if way == "identical" else 0.0
     config = EncoderConfig(vocab_size=len(tokenizer), width=WIDTH, dropout=dropout)
-    encoder = TextEncoder(config, tokenizer, seed=seed)
+    encoder = TextEncoder(config, tokenizer, seed=seed).to(size.device)
     if way is None:
         return encoder, History()
     data = CropDataset(ids, way=way, groups=groups, **cut)
