@@ -44,7 +44,7 @@ class Size:
     vocab: int = 16_000
     vocab_all: int = 24_000
     steps: int = 1500
-    steps_all: int = 3000
+    steps_all: int = 2250
     batch: int = 256
     queue: int = 8192
     depth: int = 1000
