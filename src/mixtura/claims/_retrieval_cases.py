@@ -34,6 +34,7 @@ class Size:
         batch, queue: of the contrast.
         depth: documents that each search brings to a fusion.
         languages: of the questions, beside English.
+        device: where encoders are trained.
     """
 
     asked: int = 2000
@@ -43,17 +44,18 @@ class Size:
     vocab: int = 16_000
     vocab_all: int = 24_000
     steps: int = 1500
-    steps_all: int = 1500
+    steps_all: int = 2250
     batch: int = 256
     queue: int = 8192
     depth: int = 1000
     languages: tuple[str, ...] = ABROAD
+    device: str = "cpu"
 
 
 SIZES: dict[Scale, Size] = {
     "smoke": Size(60, 40, 40, 10, 400, 500, 30, 30, 32, 64, 50, ("da", "ru")),
     "cpu": Size(),
-    "gpu": Size(steps=4000, steps_all=4000, batch=1024, queue=65_536),
+    "gpu": Size(steps=4000, steps_all=4000, batch=1024, queue=65_536, device="cuda"),
 }
 
 

@@ -88,7 +88,7 @@ class MomentumRetriever(nn.Module):
         tokenizer, encoder.tokenizer = encoder.tokenizer, None  # type: ignore[assignment]  # not worth a copy
         self.key_encoder = copy.deepcopy(encoder).requires_grad_(False)
         encoder.tokenizer = self.key_encoder.tokenizer = tokenizer
-        self.queue = KeyQueue(queue_size, encoder.width)
+        self.queue = KeyQueue(queue_size, encoder.width).to(encoder.device)
         self.momentum, self.temperature, self.label_smoothing = momentum, temperature, label_smoothing
 
     def forward(self, q: Tokens, k: Tokens) -> Tensor:
