@@ -91,8 +91,7 @@ def train(
 
         mixtura classify train flowers/ --arch residual --out flowers-residual
     """
-    from mixtura.cli.device import check_device
-    from mixtura.cli.work import check_writable
+    from mixtura.cli.checks import check_device, check_writable
     from mixtura.core.page import check_picture
     from mixtura.data.images import image_folder
     from mixtura.vision.image_classifier import Recipe, train_classifier
@@ -176,7 +175,7 @@ def predict(
 
     import numpy as np
 
-    from mixtura.cli.device import check_device
+    from mixtura.cli.checks import check_device
     from mixtura.core.checkpoint import atomic_file
     from mixtura.core.page import check_picture
     from mixtura.core.progress import bar

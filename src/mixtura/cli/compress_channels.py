@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from mixtura.cli.device import check_device
-from mixtura.cli.work import Say, check_writable, domains_of, usage_of
+from mixtura.cli.checks import check_device, check_writable
+from mixtura.cli.work import Say, domains_of, usage_of
 from mixtura.core.measure import Meter
 from mixtura.core.page import save_figure
 from mixtura.lm import cost, loading

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mixtura.cli.device import check_device
+from mixtura.cli.checks import check_device
 from mixtura.cli.outliers_picture import draw_fit, draw_scores
 from mixtura.core.checkpoint import atomic_directory, atomic_file, read_json, write_json
 from mixtura.core.page import check_picture

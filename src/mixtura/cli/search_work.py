@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 import numpy as np
 from rich.table import Table
 
-from mixtura.cli.device import check_device
+from mixtura.cli.checks import check_device
 from mixtura.core.checkpoint import write_json
 from mixtura.core.page import check_picture, new_figure, save_figure
 from mixtura.core.progress import progress

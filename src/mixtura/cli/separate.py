@@ -98,7 +98,7 @@ def separate(
         console.print(line, soft_wrap=True, markup=False)
 
     from mixtura.audio.files import open_recording
-    from mixtura.cli.device import check_device
+    from mixtura.cli.checks import check_device
 
     check_device(device)
     separator = _model(model)
@@ -189,7 +189,7 @@ def train(
     import shutil
 
     from mixtura.audio.separate import ready
-    from mixtura.cli.device import check_device
+    from mixtura.cli.checks import check_device
 
     console = Console(highlight=False)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mixtura.cli.device import check_device
+from mixtura.cli.checks import check_device, check_writable
 from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
@@ -399,14 +399,6 @@ def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
         if ids >= length:
             return True
     return False
-
-
-def check_writable(out: Path, sources: Sequence[str]) -> None:
-    for source in sources:
-        if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
-            raise ValueError(f"{out} is also the source; write to another directory")
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give a directory to write")
 
 
 def usage_of(model: Any, out: Path) -> str:

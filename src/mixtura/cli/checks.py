@@ -1,0 +1,27 @@
+"""Options that are checked before any work is done for them; light, so that no command waits for another room's packages."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+__all__ = ["check_device", "check_writable"]
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or this machine does not have."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda, cuda:0, mps or the like, got {device!r}") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda was asked for, and this machine has no CUDA device; use --device cpu")
+
+
+def check_writable(out: Path, sources: Sequence[str]) -> None:
+    """Refuse an output that is one of the sources, or a file where a directory is meant."""
+    for source in sources:
+        if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
+            raise ValueError(f"{out} is also the source; write to another directory")
+    if out.is_file():
+        raise ValueError(f"{out} is a file; give a directory to write")
