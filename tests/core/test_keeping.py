@@ -101,3 +101,8 @@ def test_another_class_and_an_empty_directory_are_named(tmp_path):
         Kept.load(tmp_path / "e")
     with pytest.raises(ValueError, match="no saved estimator"):
         Kept.load(tmp_path)
+
+
+def test_models_names_for_saving_are_the_same_directory(tmp_path):
+    Kept(3).save_pretrained(tmp_path / "e")
+    assert Kept.load(tmp_path / "e").value == Kept.from_pretrained(tmp_path / "e").value == 3

@@ -42,6 +42,15 @@ class Keeping:
             save_file(arrays, beside / ARRAYS)
             write_json(beside / META, meta)
 
+    def save_pretrained(self, path: str | Path) -> None:
+        """``save``, by the name that models have for it."""
+        self.save(path)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path) -> Self:
+        """``load``, by the name that models have for it."""
+        return cls.load(path)
+
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read an estimator that ``save`` wrote.
