@@ -25,6 +25,7 @@ __all__ = ["Calibration", "calibrate", "calibrated_prior", "within_covariance"]
 
 log = logging.getLogger(__name__)
 
+COPIES = 5  # of the known classes as Gaussians, whose ratios are averaged
 PAIR_MARGIN = 0.9  # of the gain at which two known classes would merge
 
 
@@ -110,13 +111,12 @@ def calibrate(
     count_C = torch.bincount(class_N, minlength=n_classes)
     found = _ratios_of(x_NF, class_N, n_classes, prior, sizes, generator)
     if sizes is not None and bool((sizes > count_C).any()):
-        copies = []
-        for drawn_C in (count_C, sizes.long().clamp(min=count_C)):
+        for drawn_C, sign in ((count_C, -1), (sizes.long().clamp(min=count_C), 1)):
             sets = torch.repeat_interleave(torch.arange(n_classes), drawn_C)
-            drawn = _gaussians_like(x_NF, class_N, n_classes, prior, sets, generator)
-            copies.append(_ratios_of(drawn, sets, n_classes, prior, sizes, generator))
-        few, many = copies
-        found = _Ratios(found.halves - few.halves + many.halves, found.pairs - few.pairs + many.pairs)
+            for _ in range(COPIES):
+                drawn = _gaussians_like(x_NF, class_N, n_classes, prior, sets, generator)
+                copy = _ratios_of(drawn, sets, n_classes, prior, sizes, generator)
+                found = _Ratios(found.halves + sign * copy.halves / COPIES, found.pairs + sign * copy.pairs / COPIES)
     of_halves, of_pairs = tuple(found.halves.tolist()), tuple(found.pairs.tolist())
     if n_classes < 2:
         return Calibration(1.0, of_halves, ())
