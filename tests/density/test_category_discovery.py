@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from mixtura.density import CategoryDiscovery, discovery_accuracy
-from mixtura.density.known_classes import calibrate, calibrated_prior, within_covariance, without_strangers
+from mixtura.density.known_classes import calibrate, calibrated_prior, within_covariance
 
 
 def gaussians(k, known, *, each=60, d=8, apart=4.0, seed=0, labelled=0.5):
@@ -189,20 +189,3 @@ def test_few_rows_of_many_features_are_no_nearer_to_two_halves_than_all_rows():
     # 150 rows counted as 1000, and nothing taken off, would say 6.9 and 5.4 where all rows say -0.4 and 2.3.
     assert max(of_all.of_halves) < 0 and max(of_few.of_halves) < 1
     np.testing.assert_allclose(of_few.of_pairs, of_all.of_pairs, atol=0.6)
-
-
-def test_strangers_among_the_members_of_a_class_are_told_by_where_its_labels_lie():
-    rng = np.random.default_rng(0)
-    # Class 0 with a stranger beside it, class 1 of two lumps, both labelled; class 2 with labels in one corner only.
-    centre = np.array([[0, 0], [8, 0], [0, 50], [8, 50], [50, 0]])
-    of, known = np.repeat([0, 1, 2, 3, 4], 100), np.array([0, 0, 1, 1, 2])
-    X = torch.from_numpy(rng.normal(size=(500, 2)) + centre[of])
-    labelled = (np.arange(500) % 4 == 0) & (of != 1)
-    labelled[of == 4] = X[of == 4, 0].numpy() > 50.5
-    classes = torch.from_numpy(np.where(labelled, known[of], -1))
-    members = torch.from_numpy(np.where(labelled, -1, known[of]))
-    prior = calibrated_prior(torch.eye(2).double(), X.mean(0), 0.01, 52.0)
-    stays = without_strangers(X, members, classes, 3, prior, torch.Generator().manual_seed(0)).numpy()
-    dropped = (members.numpy() >= 0) & (stays < 0)
-    assert dropped[of == 1].all() and not dropped[of != 1].any()
-    assert (stays[~dropped] == members.numpy()[~dropped]).all()

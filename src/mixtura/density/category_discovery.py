@@ -27,7 +27,7 @@ from mixtura.density.cluster_moves import Rules, halves_of, log_split_ratio
 from mixtura.density.discovery_inputs import LEAST_ROWS, check_finite, check_whole, held_out_rows, known_classes
 from mixtura.density.discovery_rounds import Found, Schedule, known_kmeans, nearest_centre, run_rounds
 from mixtura.density.inputs import device_of
-from mixtura.density.known_classes import Calibration, calibrate, calibrated_prior, within_covariance, without_strangers
+from mixtura.density.known_classes import Calibration, calibrate, calibrated_prior, within_covariance
 from mixtura.density.labels import UNLABELLED, as_labels
 from mixtura.density.set_evidence import ClusterPrior
 
@@ -333,8 +333,6 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
             centres = known_kmeans(z.numpy(), classes.numpy(), n_known, 2 * n_known, n_init=self.n_init, rng=rng)
             near = nearest_centre(z, torch.from_numpy(centres), classes)
             members = torch.where((near < n_known) & (classes < 0), near, UNLABELLED)
-            width = calibrated_prior(within_covariance(z, members, n_known, kind), mean, kappa, nu)  # type: ignore[arg-type]
-            members = without_strangers(z, members, classes, n_known, width, generator)
             small = torch.bincount(members[members >= 0], minlength=n_known) < LEAST_ROWS
             learn = members
             if bool(small.any()):

@@ -18,15 +18,14 @@ from torch import Tensor
 
 from mixtura.core.gaussian import Covariance
 from mixtura.core.sufficient import Statistics
-from mixtura.density.cluster_moves import halves, halves_of, rows_of, split_terms
+from mixtura.density.cluster_moves import halves_of, rows_of, split_terms
 from mixtura.density.set_evidence import ClusterPrior, set_statistics
 
-__all__ = ["Calibration", "calibrate", "calibrated_prior", "within_covariance", "without_strangers"]
+__all__ = ["Calibration", "calibrate", "calibrated_prior", "within_covariance"]
 
 log = logging.getLogger(__name__)
 
 COPIES = 5  # of the known classes as Gaussians, whose ratios are averaged
-ONE_SIDED = 0.95  # share of a class's labelled rows in one half at which the other half is not of the class
 PAIR_MARGIN = 0.9  # of the gain at which two known classes would merge
 
 
@@ -77,41 +76,6 @@ def calibrated_prior(within: Tensor, mean: Tensor, kappa: float, nu: float) -> C
     """The prior whose expected covariance is ``within``: Psi0 = (nu - D - 1) within; nu must exceed D + 1 (2 for diag)."""
     wide = len(mean) if within.dim() == 2 else 1
     return ClusterPrior(mean, kappa, nu, (nu - wide - 1) * within)
-
-
-def without_strangers(
-    x: Tensor, members: Tensor, classes: Tensor, n_classes: int, prior: ClusterPrior, generator: torch.Generator
-) -> Tensor:
-    """The unlabelled members of known classes but those that seem to be of another class, -1 in their place, shape (N,).
-
-    Members are what lies near a known class, so a class that nobody named may lie among them. It is told by the labelled rows:
-    where halving the members is worth its price and nearly all labelled rows of the class lie on one side, the other half goes.
-
-    Args:
-        x: shape (N, F).
-        members: known class that each row seems to be of, in [0, n_classes), negative for others, shape (N,).
-        classes: known class of each labelled row, negative for others, shape (N,).
-        n_classes: C.
-        prior: of the clusters.
-        generator: source of chance, of 2-means.
-    """
-    mine = (members >= 0).nonzero()[:, 0]
-    sets = members[mine]
-    half = halves(x[mine], sets, n_classes, generator)
-    found = set_statistics(x[mine], 2 * sets + half, 2 * n_classes, prior.covariance)
-    first, second = rows_of(found, slice(0, None, 2)), rows_of(found, slice(1, None, 2))
-    worth_C = _gain_over_price(first, second, prior) > 1
-    one_CF, two_CF = (part.first / part.weight.clamp(min=1)[:, None] for part in (first, second))
-    labelled = (classes >= 0).nonzero()[:, 0]
-    of = classes[labelled]
-    far = [(x[labelled] - centre_CF[of]).square().sum(1) for centre_CF in (one_CF, two_CF)]
-    count_C = torch.bincount(of, minlength=n_classes).clamp(min=1)
-    share_C = torch.bincount(of[far[1] < far[0]], minlength=n_classes) / count_C  # in the second half
-    stays = members.clone()
-    for c in worth_C.nonzero()[:, 0].tolist():
-        if max(float(share_C[c]), 1 - float(share_C[c])) >= ONE_SIDED:
-            stays[mine[(sets == c) & (half != int(share_C[c] > 0.5))]] = -1
-    return stays
 
 
 def calibrate(
