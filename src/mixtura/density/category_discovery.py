@@ -27,7 +27,7 @@ from mixtura.density.cluster_moves import Rules, halves_of, log_split_ratio
 from mixtura.density.discovery_inputs import LEAST_ROWS, check_finite, check_whole, held_out_rows, known_classes
 from mixtura.density.discovery_rounds import Found, Schedule, known_kmeans, nearest_centre, run_rounds
 from mixtura.density.inputs import device_of
-from mixtura.density.known_classes import COPIES, Calibration, calibrate, calibrated_prior, within_covariance
+from mixtura.density.known_classes import Calibration, calibrate, calibrated_prior, within_covariance
 from mixtura.density.labels import UNLABELLED, as_labels
 from mixtura.density.set_evidence import ClusterPrior
 
@@ -328,19 +328,18 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         if paper:
             ball = torch.eye(d, dtype=z.dtype) if kind == "full" else torch.ones(d, dtype=z.dtype)
             return ClusterPrior(mean, kappa, nu, PAPER_SCALE * float(z.square().sum(1).mean()) * ball), None
-        learn, copies = classes, COPIES
+        learn = classes
         if self.calibration == "members":
             centres = known_kmeans(z.numpy(), classes.numpy(), n_known, 2 * n_known, n_init=self.n_init, rng=rng)
             near = nearest_centre(z, torch.from_numpy(centres), classes)
             members = torch.where((near < n_known) & (classes < 0), near, UNLABELLED)
             small = torch.bincount(members[members >= 0], minlength=n_known) < LEAST_ROWS
-            # Members are most of their class: what is chance in them is in the whole class too.
-            learn, copies = members, 0
+            learn = members
             if bool(small.any()):
                 log.warning(
                     "%d known classes have no unlabelled members; calibrated on labelled samples", int(small.sum())
                 )
-                learn, copies = classes, COPIES
+                learn = classes
         elif held_N is not None:
             learn = torch.where(torch.from_numpy(held_N), classes, UNLABELLED)
         prior = calibrated_prior(within_covariance(z, learn, n_known, kind), mean, kappa, nu)  # type: ignore[arg-type]
@@ -349,9 +348,7 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
         sizes = self._sizes(z, classes, n_known, rng)
         if n_known == 1:
             log.warning("one known class tells of no pair that must not merge; the temper is 1 (label a second class)")
-        return prior, calibrate(
-            z, learn, n_known, prior, margin=float(self.margin), sizes=sizes, copies=copies, generator=generator
-        )
+        return prior, calibrate(z, learn, n_known, prior, margin=float(self.margin), sizes=sizes, generator=generator)
 
     def _sizes(self, z: Tensor, classes: Tensor, n_known: int, rng: np.random.RandomState) -> Tensor:
         """Samples of each known class, labelled or near its k-means centre, shape (C,)."""

@@ -21,7 +21,7 @@ from mixtura.core.sufficient import Statistics
 from mixtura.density.cluster_moves import halves_of, rows_of, split_terms
 from mixtura.density.set_evidence import ClusterPrior, set_statistics
 
-__all__ = ["COPIES", "Calibration", "calibrate", "calibrated_prior", "within_covariance"]
+__all__ = ["Calibration", "calibrate", "calibrated_prior", "within_covariance"]
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,6 @@ def calibrate(
     *,
     margin: float = 0.25,
     sizes: Tensor | None = None,
-    copies: int = COPIES,
     generator: torch.Generator,
 ) -> Calibration:
     """A temper at which no known class would be halved and no two would merge.
@@ -105,20 +104,19 @@ def calibrate(
             price, so a class of few rows would seem less of two halves than it is. Rows then count as so many. That multiplies
             what is chance among few rows of many features, too; how much is read off Gaussians of the pooled covariance,
             drawn once as few and once as many, and taken off.
-        copies: of those Gaussians, averaged; 0 takes nothing off, which suits rows that are most of their class.
         generator: source of chance, of 2-means.
     """
     mine = classes >= 0
     x_NF, class_N = x[mine], classes[mine]
     count_C = torch.bincount(class_N, minlength=n_classes)
     found = _ratios_of(x_NF, class_N, n_classes, prior, sizes, generator)
-    if copies and sizes is not None and bool((sizes > count_C).any()):
+    if sizes is not None and bool((sizes > count_C).any()):
         for drawn_C, sign in ((count_C, -1), (sizes.long().clamp(min=count_C), 1)):
             sets = torch.repeat_interleave(torch.arange(n_classes), drawn_C)
-            for _ in range(copies):
+            for _ in range(COPIES):
                 drawn = _gaussians_like(x_NF, class_N, n_classes, prior, sets, generator)
                 copy = _ratios_of(drawn, sets, n_classes, prior, sizes, generator)
-                found = _Ratios(found.halves + sign * copy.halves / copies, found.pairs + sign * copy.pairs / copies)
+                found = _Ratios(found.halves + sign * copy.halves / COPIES, found.pairs + sign * copy.pairs / COPIES)
     of_halves, of_pairs = tuple(found.halves.tolist()), tuple(found.pairs.tolist())
     if n_classes < 2:
         return Calibration(1.0, of_halves, ())
