@@ -25,6 +25,7 @@ __all__ = ["Calibration", "calibrate", "calibrated_prior", "within_covariance"]
 
 log = logging.getLogger(__name__)
 
+COPIES = 5  # of the known classes as Gaussians, whose ratios are averaged
 PAIR_MARGIN = 0.9  # of the gain at which two known classes would merge
 
 
@@ -100,31 +101,69 @@ def calibrate(
         prior: of the clusters.
         margin: where T lies between low (0) and high (1).
         sizes: how many samples each class has in all, shape (C,), where the rows are some of them: a gain grows faster than its
-            price, so a class of few rows would seem less of two halves than it is. Rows then count as so many.
+            price, so a class of few rows would seem less of two halves than it is. Rows then count as so many. That multiplies
+            what is chance among few rows of many features, too; how much is read off Gaussians of the pooled covariance,
+            drawn once as few and once as many, and taken off.
         generator: source of chance, of 2-means.
     """
     mine = classes >= 0
     x_NF, class_N = x[mine], classes[mine]
-    first, second = halves_of(x_NF, class_N, n_classes, prior.covariance, generator)
-    if sizes is not None:
-        factor_C = sizes.to(x) / (first + second).weight.clamp(min=1)
-        first, second = grown(first, factor_C), grown(second, factor_C)
-    of_halves = _ratios(first, second, prior)
+    count_C = torch.bincount(class_N, minlength=n_classes)
+    found = _ratios_of(x_NF, class_N, n_classes, prior, sizes, generator)
+    if sizes is not None and bool((sizes > count_C).any()):
+        for drawn_C, sign in ((count_C, -1), (sizes.long().clamp(min=count_C), 1)):
+            sets = torch.repeat_interleave(torch.arange(n_classes), drawn_C)
+            for _ in range(COPIES):
+                drawn = _gaussians_like(x_NF, class_N, n_classes, prior, sets, generator)
+                copy = _ratios_of(drawn, sets, n_classes, prior, sizes, generator)
+                found = _Ratios(found.halves + sign * copy.halves / COPIES, found.pairs + sign * copy.pairs / COPIES)
+    of_halves, of_pairs = tuple(found.halves.tolist()), tuple(found.pairs.tolist())
     if n_classes < 2:
         return Calibration(1.0, of_halves, ())
-    whole = first + second
-    a, b = torch.triu_indices(n_classes, n_classes, 1)
-    of_pairs = _ratios(rows_of(whole, a), rows_of(whole, b), prior)
     low, high = max(1.0, max(of_halves)), min(of_pairs)
     apart = PAIR_MARGIN * high  # the price of a pair is known as well as its classes are: never quite there
     temper = max(1.0, apart) if apart <= low else low + margin * (apart - low)
     return Calibration(temper, of_halves, of_pairs)
 
 
-def _ratios(first: Statistics, second: Statistics, prior: ClusterPrior) -> tuple[float, ...]:
+@dataclass(frozen=True)
+class _Ratios:
+    """Gain over price of halving each class, shape (C,), and of each pair of classes, shape (C (C - 1) / 2,)."""
+
+    halves: Tensor
+    pairs: Tensor
+
+
+def _ratios_of(
+    x: Tensor, sets: Tensor, n_sets: int, prior: ClusterPrior, sizes: Tensor | None, generator: torch.Generator
+) -> _Ratios:
+    first, second = halves_of(x, sets, n_sets, prior.covariance, generator)
+    if sizes is not None:
+        factor_C = sizes.to(x) / (first + second).weight.clamp(min=1)
+        first, second = grown(first, factor_C), grown(second, factor_C)
+    whole = first + second
+    a, b = torch.triu_indices(n_sets, n_sets, 1)
+    return _Ratios(
+        _gain_over_price(first, second, prior), _gain_over_price(rows_of(whole, a), rows_of(whole, b), prior)
+    )
+
+
+def _gain_over_price(first: Statistics, second: Statistics, prior: ClusterPrior) -> Tensor:
     gain_C, price_C = split_terms(first, second, prior)
     # Halves of one sample cost nothing to tell apart; they say nothing either.
-    return tuple((gain_C / (-price_C).clamp(min=1e-9)).where(price_C < 0, 0.0).tolist())
+    return (gain_C / (-price_C).clamp(min=1e-9)).where(price_C < 0, 0.0)
+
+
+def _gaussians_like(
+    x: Tensor, classes: Tensor, n_classes: int, prior: ClusterPrior, sets: Tensor, generator: torch.Generator
+) -> Tensor:
+    """A sample of one Gaussian for each of ``sets``, (N, F): around the mean of its class, of the pooled covariance."""
+    centre_CF = x.new_zeros(n_classes, x.shape[1]).index_add(0, classes, x)
+    centre_CF /= torch.bincount(classes, minlength=n_classes).clamp(min=1)[:, None]
+    within = within_covariance(x, classes, n_classes, prior.covariance)
+    noise_NF = torch.randn(len(sets), x.shape[1], generator=generator, dtype=torch.float64)
+    spread = noise_NF @ torch.linalg.cholesky(within).mT if within.dim() == 2 else noise_NF * within.sqrt()
+    return centre_CF[sets] + spread
 
 
 def grown(found: Statistics, factor: Tensor) -> Statistics:
