@@ -57,17 +57,21 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 
 LIMITS = (
-    "Small grey images and a small network, 5 of 10 classes known; the paper fine-tunes a pretrained vision transformer, of "
-    "which this says nothing. BIC, fitted to all rows without labels, counts 12 to 14 digits here. Tried on seeds 0 and 1 "
-    "while building: prior freedoms, 10 components, contrast temperature 0.2, other places of the temper; seeds 2 to 4 were "
-    "first seen here. The gain over k-means is not settled: the temper is one number, and in seed 1, where 3 and 9 lie closer "
-    "than any two known digits, it merges them and loses 8 points, while a lower one cuts digits of several styles. Shedding "
-    "decided nothing here: its row equals the whole. Where a new digit joins a known one (the loop of seed 0, and seed 4 from "
-    "30 clusters) both go by the known name, and Old falls to 0.80; loop_lost_classes does not count that. Fashion-MNIST and "
-    "data of 20 classes are not in a package; the second data set is 1500 images of MNIST at half resolution, trained for 12 "
-    "epochs: 7 or 8 classes are found, and accuracy is 0.72 where k-means with the true number has 0.82. One synthetic draw a "
-    "seed, number of classes and start. 'lowest' puts the temper just where no known class would be halved, and not a quarter "
-    "of the way to where two would merge."
+    "Two checks fail. The loop: in seeds 0 and 2 a new digit joins a known one during the alternation, both go by the known "
+    "name, and Old falls to 0.80 (loop_lost_classes does not count that), which costs more than a point on average; leaving "
+    "out of the temper those members of a known class that its labels do not vouch for mended the loop (0.95) and broke "
+    "discovery on fixed features (0.94), so it is left out. And a temper learned from rows that were trained on is no longer "
+    "worse: what made it worse was chance among few rows, which is now taken off wherever the temper is learned. An earlier "
+    "record, made without that, held; made again on another machine, whose rounding trains other features, it failed on Old "
+    "(0.954): one lost class in one seed decides. On seeds 5 to 9, looked at for this, accuracy was 0.956 without and 0.961 "
+    "with it, Old 0.945 and 0.984. Small grey images and a small network, 5 of 10 classes known; the paper fine-tunes a "
+    "pretrained vision transformer, of which this says nothing. BIC, fitted to all rows without labels, counts 11 to 14. "
+    "Tried on seeds 0 and 1 while building: prior freedoms, 10 components, contrast temperature 0.2, other places of the "
+    "temper. The gain over k-means is not settled: in seed 1, where 3 and 9 lie closer than any two known digits, they are "
+    "merged. Shedding decided nothing here: its row equals the whole. Fashion-MNIST and data of 20 classes are not in a "
+    "package; the second data set is 1500 images of MNIST at half resolution, trained for 12 epochs, where accuracy (0.75) is"
+    " below that of k-means with the true number (0.82). One synthetic draw a seed, number of classes and start. 'lowest' "
+    "puts the temper just where no known class would be halved, and not a quarter of the way to where two would merge."
 )
 
 
