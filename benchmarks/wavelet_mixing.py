@@ -28,10 +28,10 @@ from mixtura.vision.wavelet.reference import renamed
 TRANSFORM_BAR, BLOCK_BAR = 1 / 5, 1 / 1.4  # of PyWavelets channel by channel; of the authors' block
 NOTES = (
     "Ratios are our processor time over the rival's, one thread, median of paired rounds with the lowest and the highest. "
-    "PyWavelets is called once a channel, as the card has it, and once for all channels at once, which is how it is best used. "
+    "PyWavelets is called once a channel, in a loop, and once for all channels at once, which is how it is best used. "
     "The authors' package needs a module that NumPy 2 no longer has; an empty one is put in its place. It computes every level's "
-    "transform from the input again, but most of a block's time is the transposed convolution, which both have: a block can not be "
-    "1.4 times as fast where only the rest differs."
+    "transform from the input again, but most of a block's time is the transposed convolution, which both have: it cannot be "
+    "1.4 times as fast where the rest alone differs."
 )
 
 
