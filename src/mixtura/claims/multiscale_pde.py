@@ -28,7 +28,7 @@ from mixtura.density.spectral_mixture import KINDS, Kind, SpectralMixture1D
 
 __all__ = ["CLAIM"]
 
-POINTS = {"P2": 300}  # where the card asks for another number than the paper's
+POINTS = {"P2": 300}  # where the paper's number is not kept
 JUDGED = ("P1", "P3", "A1")  # problems on which the rivals are judged
 BETWEEN = 1000  # points of the grid that errors are measured on
 TRUTH = 100 / (2 * np.pi)  # frequency of P1, cycles per unit of length
@@ -402,7 +402,7 @@ LIMITS = (
     "Networks get the solver's processor time, which is seconds, and tuning runs a quarter of it: they are stopped, not "
     "converged, and the paper's train for far longer. The budget is 40 steps of the solver; its pruning is looked at after 60. "
     "P2 has 300 points, not 900. Solver and processes know the paper's F of each problem; random features are tuned instead. "
-    "Only networks differ by seed. Fewer components at equal L by log weights is the card's bar and fails on P1: both ways have "
+    "Only networks differ by seed. Fewer components at equal L by log weights is the bar that fails on P1: both ways have "
     "the same optimum, and Adam's first step on linear weights is larger than they are, so that clamping leaves one component "
     "at once. Those it drops cannot come back; in as many steps log weights reach a higher L with Gaussian bumps, judged here, "
     "and a lower one with Student bumps. Chebyshev collocation on as many "

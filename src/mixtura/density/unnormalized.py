@@ -9,7 +9,7 @@ the true maximum of the likelihood; ``NoiseContrastive`` is what it is compared 
 - Noise is drawn anew at every call. A fixed set of noise points has a maximum of its own, which lies at those points.
 - No gradient flows through u. A step's pull by noise is at most 1 / gamma times that of the data, since u >= gamma ghat.
 
-Shapes: B data points, J noise points (the card of the paper calls them B'), W parameters in all.
+Shapes: B data points, J noise points (B' in the paper), W parameters in all.
 Source: Jiang et al. 2023 (2306.07485) for the problem and the moving average of the inner expectation; Gutmann and
 Hyvärinen 2010 for noise contrast; Liu et al. 2021 (2110.11271) for its exponential form and normalised gradients; Senetaire
 et al. 2025 (2503.07021) for the learned constant.
