@@ -22,6 +22,7 @@ __all__ = [
     "load_balance_loss",
     "load_statistics",
     "router_z_loss",
+    "sequence_balance_loss",
     "updated_bias",
 ]
 
@@ -89,6 +90,42 @@ def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequenc
     load_E, importance_E = _load_and_importance(probs, indices)
     terms = [load_E[list(group)].mean() * importance_E[list(group)].sum() for group in groups]
     return torch.stack(terms).sum()
+
+
+def sequence_balance_loss(
+    probs: Tensor,
+    indices: Tensor,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`load_balance_loss` of every sequence by itself, then the mean over sequences: stricter than over the batch.
+
+    A batch can be even while each of its sequences goes to a few experts; this loss sees the latter.
+
+    Args:
+        probs: shape (B, L, E), rows sum to 1.
+        indices: shape (B, L, K), in [0, E]; E is the sentinel.
+        groups: expert indices of each device, for `device_balance_loss` in place of `load_balance_loss`.
+        mask: shape (B, L), false at padding, which counts for nobody; None: none is padding.
+    Returns:
+        Scalar without unit; a sequence without tokens is left out, and 0 comes back where all are.
+    Raises:
+        ValueError: shapes that do not agree, or groups that do not hold every expert once.
+    Source:
+        DeepSeekMoE's released model (2401.06066; ``seq_aux``); the paper takes the batch.
+    """
+    if probs.dim() != 3 or indices.dim() != 3 or probs.shape[:2] != indices.shape[:2]:
+        raise ValueError(
+            f"probs (B, L, E) and indices (B, L, K) must agree in B and L, got {tuple(probs.shape)} and {tuple(indices.shape)}"
+        )
+    kept_BL = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device) if mask is None else mask.bool()
+    losses = []
+    for probs_LE, indices_LK, kept_L in zip(probs, indices, kept_BL, strict=True):
+        if bool(kept_L.any()):
+            one = (probs_LE[kept_L], indices_LK[kept_L])
+            losses.append(load_balance_loss(*one) if groups is None else device_balance_loss(*one, groups))
+    return torch.stack(losses).mean() if losses else _wide(probs).sum() * 0.0
 
 
 def router_z_loss(logits: Tensor) -> Tensor:
