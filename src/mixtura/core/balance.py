@@ -11,13 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "BalancePer",
     "LoadStatistics",
+    "balance_loss",
     "device_balance_loss",
+    "device_split",
     "expert_counts",
     "load_balance_loss",
     "load_statistics",
@@ -25,6 +29,8 @@ __all__ = [
     "sequence_balance_loss",
     "updated_bias",
 ]
+
+BalancePer = Literal["batch", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,58 @@ def sequence_balance_loss(
             one = (probs_LE[kept_L], indices_LK[kept_L])
             losses.append(load_balance_loss(*one) if groups is None else device_balance_loss(*one, groups))
     return torch.stack(losses).mean() if losses else _wide(probs).sum() * 0.0
+
+
+def device_split(experts: int, groups: int) -> list[range]:
+    """Experts 0 .. E-1 in ``groups`` runs of equal length, as expert parallelism lays them over devices.
+
+    Raises:
+        ValueError: ``groups`` does not divide the experts.
+    """
+    if groups < 1 or experts % groups:
+        raise ValueError(f"device_groups must divide the {experts} routed experts, got {groups}")
+    size = experts // groups
+    return [range(i * size, (i + 1) * size) for i in range(groups)]
+
+
+def balance_loss(
+    probs: Tensor,
+    indices: Tensor,
+    *,
+    expert: float,
+    device: float = 0.0,
+    groups: Sequence[Sequence[int]] | None = None,
+    per: BalancePer = "batch",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Expert-level plus device-level balance loss, factors applied.
+
+    Args:
+        probs: softmax of all routed experts, shape (B, L, E).
+        indices: chosen experts, shape (B, L, K).
+        expert, device: factors alpha1 and alpha2.
+        groups: experts of each device; needed when ``device`` is above 0.
+        per: over all tokens of the ``batch`` (the paper), or each ``sequence`` by itself (the released model).
+        mask: shape (B, L), false at padding.
+    Source:
+        DeepSeekMoE (2401.06066), eq. 12-17.
+    """
+    if device and groups is None:
+        raise ValueError("a device balance needs groups, the experts of each device")
+    total = _wide(probs).new_zeros(())
+    terms: list[tuple[float, Sequence[Sequence[int]] | None]] = [(expert, None), (device, groups)]
+    for factor, held in terms:
+        if not factor:
+            continue
+        if per == "sequence":
+            loss = sequence_balance_loss(probs, indices, groups=held, mask=mask)
+        else:
+            flat = (probs.flatten(0, 1), indices.flatten(0, 1))
+            if mask is not None:
+                flat = (flat[0][mask.reshape(-1).bool()], flat[1][mask.reshape(-1).bool()])
+            loss = load_balance_loss(*flat) if held is None else device_balance_loss(*flat, held)
+        total = total + factor * loss
+    return total
 
 
 def router_z_loss(logits: Tensor) -> Tensor:

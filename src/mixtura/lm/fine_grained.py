@@ -18,20 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mixtura.core.balance import device_balance_loss, load_balance_loss, sequence_balance_loss
+from mixtura.core.balance import BalancePer, balance_loss, device_split
 from mixtura.core.dispatch import BACKENDS
 from mixtura.core.experts import Experts, ExpertsConfig, FeedForward
 from mixtura.core.gates import Gate, GateConfig, Routing
 from mixtura.core.mixture import MixtureLayer, MixtureOutput
 
-__all__ = ["BalancedOutput", "FineGrainedMoE", "MatchedShape", "balance_loss", "device_split", "matched"]
-
-BalancePer = Literal["batch", "sequence"]
+__all__ = ["BalancedOutput", "FineGrainedMoE", "MatchedShape", "matched"]
 
 
 @dataclass(frozen=True)
@@ -95,56 +92,6 @@ def matched(hidden: int, experts: int, active: int, *, split: int, shared: int =
         active_parameters=3 * h * split * active,
         router_rows=split * experts - shared,
     )
-
-
-def device_split(experts: int, groups: int) -> list[range]:
-    """Experts 0 .. E-1 in ``groups`` runs of equal length, as expert parallelism lays them over devices.
-
-    Raises:
-        ValueError: ``groups`` does not divide the experts.
-    """
-    if groups < 1 or experts % groups:
-        raise ValueError(f"device_groups must divide the {experts} routed experts, got {groups}")
-    size = experts // groups
-    return [range(i * size, (i + 1) * size) for i in range(groups)]
-
-
-def balance_loss(
-    probs: Tensor,
-    indices: Tensor,
-    *,
-    expert: float,
-    device: float = 0.0,
-    groups: Sequence[Sequence[int]] | None = None,
-    per: BalancePer = "batch",
-    mask: Tensor | None = None,
-) -> Tensor:
-    """Expert-level plus device-level balance loss, factors applied.
-
-    Args:
-        probs: softmax of all routed experts, shape (B, L, E).
-        indices: chosen experts, shape (B, L, K).
-        expert, device: factors alpha1 and alpha2.
-        groups: experts of each device; needed when ``device`` is above 0.
-        per: over all tokens of the ``batch`` (the paper), or each ``sequence`` by itself (the released model).
-        mask: shape (B, L), false at padding.
-    Source:
-        DeepSeekMoE (2401.06066), eq. 12-17.
-    """
-    total = probs.new_zeros(())
-    terms: list[tuple[float, Any]] = [(expert, None), (device, groups)]
-    for factor, held in terms:
-        if not factor:
-            continue
-        if per == "sequence":
-            loss = sequence_balance_loss(probs, indices, groups=held, mask=mask)
-        else:
-            flat = (probs.flatten(0, 1), indices.flatten(0, 1))
-            if mask is not None:
-                flat = (flat[0][mask.reshape(-1).bool()], flat[1][mask.reshape(-1).bool()])
-            loss = load_balance_loss(*flat) if held is None else device_balance_loss(*flat, held)
-        total = total + factor * loss
-    return total
 
 
 class FineGrainedMoE(MixtureLayer):
