@@ -79,7 +79,7 @@ class Sizes:
     concept_hidden: int = 64
     concept_batch: int = 512
     concept_steps: int = 600
-    concept_grid: tuple[float, ...] = (2e-3, 5e-3, 1e-2)
+    concept_grid: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
     languages: tuple[str, ...] = ("en", "da", "it", "fr", "de", "sk", "pt_BR", "ja", "uk", "pl", "ru", "es")
     characters: int = 1_500_000
     vocabulary: int = 2048
@@ -188,7 +188,7 @@ def _layer(sizes: Sizes, arm: Arm, seed: int) -> FineGrainedMoE:
 
 
 def _concept_arm(sizes: Sizes, task: ConceptMixture, arm: Arm, seed: int) -> dict[str, Any]:
-    rows = []
+    rows: list[dict[str, Any]] = []
     for lr in sizes.concept_grid:
         layer = _layer(sizes, arm, seed)
 

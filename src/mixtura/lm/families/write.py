@@ -26,7 +26,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from mixtura.lm.families.dense import Source
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 
-__all__ = ["NATIVE", "build", "native_family", "why_not"]
+__all__ = ["NATIVE", "build", "fill", "native_family", "why_not"]
 
 log = logging.getLogger(__name__)
 
@@ -120,13 +120,14 @@ def build(
         tensor = renamed(config, _folded(config, tensor))
         model = _native_shell(config, family)
         log.info("written as %s: loads without mixtura", NATIVE[family].model)
-    _fill(model, tensor)
+    fill(model, tensor)
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 
-def _fill(model: PreTrainedModel, tensor: Source) -> None:
+def fill(model: PreTrainedModel, tensor: Source) -> None:
+    """Give a model on the meta device its parameters, asked for by name one by one; they become its own."""
     tied, device = model.config.tie_word_embeddings, None
     for name, empty in list(model.named_parameters()):
         if tied and name == "lm_head.weight":
