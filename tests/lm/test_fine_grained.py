@@ -8,7 +8,9 @@ from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Moe
 
 from mixtura.core.balance import balance_loss, load_balance_loss, sequence_balance_loss
 from mixtura.core.gates import top_k
-from mixtura.lm.fine_grained import FineGrainedMoE, matched
+from mixtura.lm.cost import model_size
+from mixtura.lm.fine_grained import FineGrainedMoE, matched, paper_config
+from mixtura.lm.model import MixturaForCausalLM
 
 
 def seeded(seed=0):
@@ -178,11 +180,22 @@ def test_matched_shapes_have_equal_expert_parameters_in_all_and_a_token(split, s
     assert experts(plain, 2 / 16) == 8 * shape.active_parameters
 
 
+@pytest.mark.parametrize(
+    ("name", "total", "active"), [("2b", 2.0e9, 0.3e9), ("16b", 16.4e9, 2.8e9), ("145b", 144.6e9, 22.2e9)]
+)
+def test_the_papers_models_have_the_papers_parameters(name, total, active):
+    """Tables 1, 3 and 6, rounded there to a digit after the point: 0.3 means 0.25 to 0.35."""
+    with torch.device("meta"):
+        size = model_size(MixturaForCausalLM(paper_config(name)))
+    assert size.total == pytest.approx(total, rel=0.025)
+    assert size.active == pytest.approx(active, rel=0.025, abs=0.05e9)
+
+
 def test_the_start_has_the_standard_deviation_asked_for():
     layer = FineGrainedMoE(64, 32, 15, 3, 1, generator=seeded())
     for name, p in layer.named_parameters():
         # Six standard errors of a standard deviation: 6 / sqrt(2 n).
-        assert abs(float(p.std()) / 0.006 - 1) < 6 / (2 * p.numel()) ** 0.5, name
+        assert abs(p.std().item() / 0.006 - 1) < 6 / (2 * p.numel()) ** 0.5, name
 
 
 def test_the_layer_survives_saving_to_the_bit(tmp_path):
@@ -201,6 +214,7 @@ def test_the_layer_survives_saving_to_the_bit(tmp_path):
         (lambda: matched(30, 4, 2, split=4), "split must divide hidden=30, got 4"),
         (lambda: matched(32, 4, 5, split=4), "active must be between 1 and experts=4, got 5"),
         (lambda: matched(32, 4, 2, split=4, shared=8), "shared must be between 0 and .* = 7 .* got 8"),
+        (lambda: paper_config("7b"), r"name must be one of \['2b', '16b', '145b'\], got '7b'"),
         (lambda: small(shared=-1), "shared must be >= 0, got -1"),
         (lambda: small(active=8), "active must be between 1 and routed=7, got 8"),
         (lambda: small(expert_balance=-1.0), "expert_balance must be >= 0"),

@@ -91,7 +91,7 @@ class Sizes:
     batch: int = 8
     steps: int = 600
     grid: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
-    grid_steps: int = 200
+    grid_steps: int = 150
     rows: int = 48
     device: str = "cpu"
 

@@ -16,8 +16,9 @@ Source: DeepSeekMoE (2401.06066), eq. 3-17.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,57 @@ from mixtura.core.experts import Experts, ExpertsConfig, FeedForward
 from mixtura.core.gates import Gate, GateConfig, Routing
 from mixtura.core.mixture import MixtureLayer, MixtureOutput
 
-__all__ = ["BalancedOutput", "FineGrainedMoE", "MatchedShape", "matched"]
+if TYPE_CHECKING:
+    from mixtura.lm.model import MixturaConfig
+
+__all__ = ["PAPER", "BalancedOutput", "FineGrainedMoE", "MatchedShape", "matched", "paper_config"]
+
+# The paper's three models (its table 7 and sec. 4.1, 5.1, 6.1). An expert has a quarter, or an eighth, of 2.75 D hidden units;
+# the dense first layer has as many as the experts that a token visits together, but for the released 16B model's own.
+PAPER: Mapping[str, Mapping[str, Any]] = {
+    "2b": {
+        "vocab_size": 8192,
+        "hidden_size": 1280,
+        "num_hidden_layers": 9,
+        "num_attention_heads": 10,
+        "intermediate_size": 7040,
+        "moe_intermediate_size": 880,
+        "num_experts": 63,
+        "num_experts_per_tok": 7,
+        "shared_expert_intermediate_size": 880,
+        "router_aux_loss_coef": 0.01,
+        "max_position_embeddings": 2048,
+    },
+    "16b": {
+        "vocab_size": 102400,
+        "hidden_size": 2048,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_experts": 64,
+        "num_experts_per_tok": 6,
+        "shared_expert_intermediate_size": 2 * 1408,
+        "dense_layers": [0],
+        "router_aux_loss_coef": 0.001,
+        "balance_per": "sequence",
+    },
+    "145b": {
+        "vocab_size": 102400,
+        "hidden_size": 4096,
+        "num_hidden_layers": 62,
+        "num_attention_heads": 32,
+        "intermediate_size": 16 * 1408,
+        "moe_intermediate_size": 1408,
+        "num_experts": 128,
+        "num_experts_per_tok": 12,
+        "shared_expert_intermediate_size": 4 * 1408,
+        "dense_layers": [0],
+        "router_aux_loss_coef": 0.003,
+        "device_balance_coef": 0.05,
+        "device_groups": 8,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +143,24 @@ def matched(hidden: int, experts: int, active: int, *, split: int, shared: int =
         active_parameters=3 * h * split * active,
         router_rows=split * experts - shared,
     )
+
+
+def paper_config(name: str) -> MixturaConfig:
+    """Config of one of the paper's models, :data:`PAPER`, for a ``MixturaForCausalLM``.
+
+    Raises:
+        ValueError: an unknown name; the known ones are listed.
+    Example:
+        >>> config = paper_config("16b")
+        >>> config.num_experts, config.num_experts_per_tok, config.dense_layers
+        (64, 6, [0])
+    """
+    from mixtura.lm.model import MixturaConfig
+
+    if name not in PAPER:
+        raise ValueError(f"name must be one of {list(PAPER)}, got {name!r}")
+    always = {"norm_topk_prob": False, "initializer_range": 0.006, "router_z_loss_coef": 0.0}
+    return MixturaConfig(**always | dict(PAPER[name]))
 
 
 class FineGrainedMoE(MixtureLayer):
