@@ -289,7 +289,7 @@ def _decoder(sizes: Sizes, arm: Arm, seed: int) -> MixturaForCausalLM:
             router_z_loss_coef=0.0,
         )
     )
-    model.set_experts_implementation("mixtura")
+    model.set_experts_implementation("grouped_mm")
     return model.to(sizes.device)
 
 
