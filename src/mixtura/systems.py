@@ -166,6 +166,14 @@ SYSTEMS: tuple[System, ...] = (
         "2401.06066",
         "lm",
         "Many small experts instead of a few large ones, with some that every token shares.",
+        (
+            "mixtura.lm.fine_grained.FineGrainedMoE",
+            "mixtura.lm.fine_grained.matched",
+            "mixtura.lm.model.MixturaForCausalLM",
+            "mixtura.lm.upcycle.segment",
+            "mixtura.lm.specialization.ban_top",
+            "mixtura.lm.specialization.drop_shared",
+        ),
     ),
     System(
         "sparse-ift",

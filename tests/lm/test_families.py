@@ -34,6 +34,19 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+DEEPSEEK = {
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": False,
+    "moe_intermediate_size": 12,
+    "shared_expert_intermediate_size": 24,
+    "dense_layers": [0],
+    "attention": "latent",
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 GROUPED = TINY | {"num_key_value_heads": 2}
 FALCON = {k: v for k, v in TINY.items() if k != "intermediate_size"} | {"ffn_hidden_size": 48}
 
@@ -183,13 +196,14 @@ def test_a_native_family_is_chosen_only_where_it_computes_the_same(placement, qk
 
 def test_each_native_family_is_reached():
     reached = {
-        native_family(MixturaConfig(**TINY, num_experts=4, **parts))
+        native_family(MixturaConfig(**TINY | {"num_experts": 4} | parts))
         for parts in (
             {},
             {"qkv_bias": True},
             {"qk_norm": "head"},
             {"qk_norm": "full"},
             {"qk_norm": "full", "norm_placement": "after"},
+            DEEPSEEK,
         )
     }
     assert reached == set(NATIVE)

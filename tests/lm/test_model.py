@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mixtura.core.balance import load_balance_loss, router_z_loss
+from mixtura.core.balance import device_balance_loss, load_balance_loss, router_z_loss
 from mixtura.lm.families import parameter_shapes
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 from mixtura.lm.model.decoder import routing_loss
@@ -22,6 +22,14 @@ SHAPE = {
     "pad_token_id": 0,
     "eos_token_id": 1,
 }
+LATENT = {
+    "attention": "latent",
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 12,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 5,
+}
 ATTENTION_EXPERTS = {"attention": "mixture", "attention_experts": 3}
 PARTS = {
     "dense": {},
@@ -32,6 +40,8 @@ PARTS = {
     "attention experts": {**ATTENTION_EXPERTS, "num_experts": 3, "num_experts_per_tok": 1, "norm_topk_prob": False},
     "shared keys, in parallel": {**ATTENTION_EXPERTS, "attention_kv": "shared", "block": "parallel"},
     "norms behind, window": {"norm_placement": "after", "qk_norm": "full", "sliding_window": 4, "num_experts": 4},
+    "latent attention": {**LATENT, "num_experts": 4, "shared_expert_intermediate_size": 16, "balance_per": "sequence"},
+    "latent queries too": {**LATENT, "q_lora_rank": 7, "qkv_bias": True, "o_bias": True},
     "partly rotated": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
 }
 TOKENS = torch.randint(2, 61, (2, 11), generator=torch.Generator().manual_seed(0))
@@ -40,7 +50,7 @@ CLOSE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another order; logits ar
 
 def model(**parts):
     torch.manual_seed(0)
-    return MixturaForCausalLM(MixturaConfig(**SHAPE, **copy.deepcopy(parts), initializer_range=0.1)).eval()
+    return MixturaForCausalLM(MixturaConfig(**SHAPE | copy.deepcopy(parts), initializer_range=0.1)).eval()
 
 
 def gradients(net, **kwargs):
@@ -144,6 +154,34 @@ def test_padding_does_not_count_in_the_gate_losses():
     torch.testing.assert_close(routing_loss((logits,), config, mask), routing_loss((kept,), config, None))
 
 
+def test_the_cache_of_latent_attention_holds_the_latent_and_one_rotated_key_a_token():
+    cache = model(**PARTS["latent attention"])(TOKENS, use_cache=True).past_key_values
+    assert cache.layers[0].keys.shape == (2, 1, 11, 12) and cache.layers[0].values.shape == (2, 1, 11, 4)
+
+
+def test_balance_of_each_sequence_and_between_devices_is_added_by_layer():
+    config = MixturaConfig(
+        **SHAPE,
+        num_experts=4,
+        router_aux_loss_coef=0.5,
+        router_z_loss_coef=0.0,
+        device_balance_coef=0.25,
+        device_groups=2,
+        balance_per="sequence",
+    )
+    layers = torch.randn(3, 2, 5, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    want = 0.0
+    for logits in layers:
+        for row, kept in zip(logits, mask.bool(), strict=True):
+            probs = row[kept].softmax(-1)
+            chosen = probs.topk(2).indices
+            want += 0.5 / 2 * load_balance_loss(probs, chosen)
+            want += 0.25 / 2 * device_balance_loss(probs, chosen, [[0, 1], [2, 3]])
+    got = routing_loss(tuple(layer.flatten(0, 1) for layer in layers), config, mask)
+    torch.testing.assert_close(got, want)
+
+
 def test_top1_gates_that_are_made_to_sum_to_one_teach_the_router_nothing():
     free = {"router_aux_loss_coef": 0.0, "router_z_loss_coef": 0.0, "num_experts": 4, "num_experts_per_tok": 1}
     gate = "model.layers.0.mlp.gate.weight"
@@ -182,6 +220,15 @@ def test_parameter_counts_of_the_papers_small_models():
             {"num_experts": 4, "num_experts_per_tok": 5},
             "num_experts_per_tok must be between 1 and num_experts=4, got 5",
         ),
+        ({**LATENT, "kv_lora_rank": 0}, "needs kv_lora_rank >= 1, got 0"),
+        ({**LATENT, "num_key_value_heads": 2}, "num_key_value_heads must be 4, got 2"),
+        ({**LATENT, "qk_norm": "head"}, "has no qk_norm"),
+        (
+            {"num_experts": 4, "device_balance_coef": 0.1, "device_groups": 3},
+            "device_groups that divide num_experts=4, got 3",
+        ),
+        ({"num_experts": 4, "router_aux_loss_coef": -1.0}, "router_aux_loss_coef must be >= 0"),
+        ({"num_experts": 4, "balance_per": "row"}, "balance_per must be one of"),
         ({"norm": "batch"}, r"norm must be one of \['rms', 'rms_plus_one', 'layer'\], got 'batch'"),
         ({"shared_expert_intermediate_size": 8}, "needs routed experts"),
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),

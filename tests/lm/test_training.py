@@ -95,3 +95,27 @@ def test_what_cannot_be_trained_is_refused(moe, tiny_dense: Path):
     model.model.embed_tokens.weight.data[:] = float("nan")
     with pytest.raises(NonFiniteLoss, match="at step 0"):
         train(model, tokenizer, sums(), steps=1, length=32)
+
+
+def test_the_config_says_whether_each_sequence_and_which_devices_are_balanced():
+    from mixtura.core.balance import device_balance_loss, load_balance_loss
+    from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    scope = {"balance_per": "sequence", "device_balance_coef": 0.3, "device_groups": 2}
+    model = MixturaForCausalLM(MixturaConfig(**shape, num_experts=4, initializer_range=0.3, **scope)).eval()
+    ids = torch.randint(2, 61, (3, 7), generator=torch.Generator().manual_seed(0))
+    want = language_loss(model, ids)
+    for logits in model(ids, output_router_logits=True).router_logits:
+        for row in logits.view(3, 7, 4):
+            one = (row.softmax(-1), row.topk(2).indices)
+            even = 0.1 * load_balance_loss(*one) + 0.3 * device_balance_loss(*one, [[0, 1], [2, 3]])
+            want = want + even / 6  # the mean over three sequences and two layers
+    torch.testing.assert_close(language_loss(model, ids, balance=0.1), want)

@@ -132,10 +132,16 @@ def upcycle(
 
 
 def train(
-    directory: Annotated[str, SOURCE],
+    directory: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG_OR_DIR",
+            help="Checkpoint (a directory, or an id on the Hugging Face hub), or a .json file with the config of a new model.",
+        ),
+    ],
     text: Text = None,
     out: Annotated[
-        Path | None, typer.Option(help="Directory to write; default: DIRECTORY with -trained behind it.")
+        Path | None, typer.Option(help="Directory to write; default: the source's name with -trained behind it.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 100,
     batch: Annotated[int, typer.Option(help="Rows a step.")] = 4,
@@ -152,7 +158,10 @@ def train(
     device: Device = "cpu",
     dry_run: DryRun = False,
 ) -> None:
-    """Train a checkpoint on text: router and experts together, with load balancing.
+    """Train a checkpoint, or a new model, on text: router and experts together, with load balancing.
+
+    A .json file names the parts of a new model (fields of `MixturaConfig`: experts, shared ones, latent attention and so on);
+    its tokenizer is learned from the text. A new model wants a rate near 2e-3 and thousands of steps.
 
     An interrupted run leaves its last checkpoint beside the output; the same command goes on from there.
 
@@ -161,13 +170,15 @@ def train(
         mixtura train out/moe --text book.txt --text notes/ --steps 200
 
         mixtura train out/moe --trainable router --steps 50 --out out/routed
+
+        mixtura train fine.json --text notes/ --steps 2000 --lr 2e-3 --out out/fine
     """
     from mixtura.cli import work
 
     source = Path(directory)
     work.train(
         directory,
-        out or source.with_name(f"{source.name}-trained"),
+        out or source.with_name(f"{source.name.removesuffix('.json')}-trained"),
         text,
         {
             "steps": steps,

@@ -76,9 +76,10 @@ def train(
     command: str,
     say: Say,
 ) -> None:
-    """Train a checkpoint into ``out``; an unfinished run's state stands in ``out.state`` beside it."""
+    """Train a checkpoint, or a new model of a config file, into ``out``; an unfinished run's state stands in ``out.state``."""
     import shutil
 
+    from mixtura.cli.train_new import config_of, is_config, start
     from mixtura.lm import train as run
     from mixtura.lm.evaluate import perplexity
     from mixtura.lm.tokens import blocks
@@ -86,11 +87,14 @@ def train(
     check_device(device)
     domains = domains_of(text)
     tokens = options["steps"] * options["batch_size"] * options["length"]
-    size = cost.model_size(loading.empty_model(loading.load_config(source)))
+    new = is_config(source)
+    size = cost.model_size(loading.empty_model(config_of(source) if new else loading.load_config(source)))
     say(f"train {source} on {tokens:,} tokens of {', '.join(domains)}: {cost.estimate(size, trained_tokens=tokens)}")
     if dry_run:
         return
-    model, tokenizer = loading.load(source, dtype=torch.float32, device=device)
+    drawn = out.with_name(f"{out.name}.start")
+    begin = start(source, drawn, text, options["seed"], command=command, say=say) if new else source
+    model, tokenizer = loading.load(begin, dtype=torch.float32, device=device)
     held_out = {
         n: blocks(tokenizer, c.held_out, options["length"], limit=8)
         for n, c in domains.items()
@@ -109,7 +113,7 @@ def train(
         say(f"{name}: held-out perplexity {before[name]:.2f} -> {after[name]:.2f}")
     card = {
         "title": out.name,
-        "base": [source],
+        "base": ["random weights" if new else source],
         "recipe": f"Trained with mixtura ({_listed(options)}).",
         "data": f"{tokens:,} tokens of {', '.join(domains)}",
         "command": command,
@@ -118,6 +122,8 @@ def train(
     }
     loading.save(model.to(torch.bfloat16), tokenizer, out, card=card)
     shutil.rmtree(state, ignore_errors=True)
+    if new:
+        shutil.rmtree(drawn, ignore_errors=True)
     say(f"{out} is written")
 
 

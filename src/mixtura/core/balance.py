@@ -11,19 +11,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "BalancePer",
     "LoadStatistics",
+    "balance_loss",
     "device_balance_loss",
+    "device_split",
     "expert_counts",
     "load_balance_loss",
     "load_statistics",
     "router_z_loss",
+    "sequence_balance_loss",
     "updated_bias",
 ]
+
+BalancePer = Literal["batch", "sequence"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,94 @@ def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequenc
     load_E, importance_E = _load_and_importance(probs, indices)
     terms = [load_E[list(group)].mean() * importance_E[list(group)].sum() for group in groups]
     return torch.stack(terms).sum()
+
+
+def sequence_balance_loss(
+    probs: Tensor,
+    indices: Tensor,
+    *,
+    groups: Sequence[Sequence[int]] | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """`load_balance_loss` of every sequence by itself, then the mean over sequences: stricter than over the batch.
+
+    A batch can be even while each of its sequences goes to a few experts; this loss sees the latter.
+
+    Args:
+        probs: shape (B, L, E), rows sum to 1.
+        indices: shape (B, L, K), in [0, E]; E is the sentinel.
+        groups: expert indices of each device, for `device_balance_loss` in place of `load_balance_loss`.
+        mask: shape (B, L), false at padding, which counts for nobody; None: none is padding.
+    Returns:
+        Scalar without unit; a sequence without tokens is left out, and 0 comes back where all are.
+    Raises:
+        ValueError: shapes that do not agree, or groups that do not hold every expert once.
+    Source:
+        DeepSeekMoE's released model (2401.06066; ``seq_aux``); the paper takes the batch.
+    """
+    if probs.dim() != 3 or indices.dim() != 3 or probs.shape[:2] != indices.shape[:2]:
+        raise ValueError(
+            f"probs (B, L, E) and indices (B, L, K) must agree in B and L, got {tuple(probs.shape)} and {tuple(indices.shape)}"
+        )
+    kept_BL = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device) if mask is None else mask.bool()
+    losses = []
+    for probs_LE, indices_LK, kept_L in zip(probs, indices, kept_BL, strict=True):
+        if bool(kept_L.any()):
+            one = (probs_LE[kept_L], indices_LK[kept_L])
+            losses.append(load_balance_loss(*one) if groups is None else device_balance_loss(*one, groups))
+    return torch.stack(losses).mean() if losses else _wide(probs).sum() * 0.0
+
+
+def device_split(experts: int, groups: int) -> list[range]:
+    """Experts 0 .. E-1 in ``groups`` runs of equal length, as expert parallelism lays them over devices.
+
+    Raises:
+        ValueError: ``groups`` does not divide the experts.
+    """
+    if groups < 1 or experts % groups:
+        raise ValueError(f"device_groups must divide the {experts} routed experts, got {groups}")
+    size = experts // groups
+    return [range(i * size, (i + 1) * size) for i in range(groups)]
+
+
+def balance_loss(
+    probs: Tensor,
+    indices: Tensor,
+    *,
+    expert: float,
+    device: float = 0.0,
+    groups: Sequence[Sequence[int]] | None = None,
+    per: BalancePer = "batch",
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Expert-level plus device-level balance loss, factors applied.
+
+    Args:
+        probs: softmax of all routed experts, shape (B, L, E).
+        indices: chosen experts, shape (B, L, K).
+        expert, device: factors alpha1 and alpha2.
+        groups: experts of each device; needed when ``device`` is above 0.
+        per: over all tokens of the ``batch`` (the paper), or each ``sequence`` by itself (the released model).
+        mask: shape (B, L), false at padding.
+    Source:
+        DeepSeekMoE (2401.06066), eq. 12-17.
+    """
+    if device and groups is None:
+        raise ValueError("a device balance needs groups, the experts of each device")
+    total = _wide(probs).new_zeros(())
+    terms: list[tuple[float, Sequence[Sequence[int]] | None]] = [(expert, None), (device, groups)]
+    for factor, held in terms:
+        if not factor:
+            continue
+        if per == "sequence":
+            loss = sequence_balance_loss(probs, indices, groups=held, mask=mask)
+        else:
+            flat = (probs.flatten(0, 1), indices.flatten(0, 1))
+            if mask is not None:
+                flat = (flat[0][mask.reshape(-1).bool()], flat[1][mask.reshape(-1).bool()])
+            loss = load_balance_loss(*flat) if held is None else device_balance_loss(*flat, held)
+        total = total + factor * loss
+    return total
 
 
 def router_z_loss(logits: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.core.balance import load_balance_loss, router_z_loss
+from mixtura.core.balance import balance_loss, device_split, router_z_loss
 from mixtura.core.measure import bfloat16_over_float32
 from mixtura.core.sparse_layers import masked_parameters
 from mixtura.core.sparse_training import MaskConfig
@@ -118,15 +118,26 @@ def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0
         ids: token ids, shape (B, L).
         balance: weight of the load-balance loss (Switch Transformers, 2101.03961, eq. 4).
         z: weight of the router z-loss (ST-MoE, 2202.08906, eq. 5).
+
+    A `MixturaConfig` also says whether balance is asked of the batch or of each sequence, and between which devices.
     """
+    config: Any = getattr(model, "config", None)
+    device = getattr(config, "device_balance_coef", 0.0) if balance else 0.0
     if balance == 0 and z == 0:
         return _next_token(model, ids)
     with recorded_routing(model) as routings:
         loss = _next_token(model, ids)
     for routing in routings.values():
-        probs = routing.logits.float().softmax(-1)
         if balance:
-            loss = loss + balance / len(routings) * load_balance_loss(probs, routing.indices)
+            even = balance_loss(
+                routing.logits.float().softmax(-1).unflatten(0, (len(ids), -1)),
+                routing.indices.unflatten(0, (len(ids), -1)),
+                expert=balance,
+                device=device,
+                groups=device_split(routing.n_experts, config.device_groups) if device else None,
+                per=getattr(config, "balance_per", "batch"),
+            )
+            loss = loss + even / len(routings)
         if z:
             loss = loss + z / len(routings) * router_z_loss(routing.logits.float())
     return loss

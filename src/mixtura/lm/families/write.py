@@ -8,7 +8,8 @@ with a reason (:func:`why_not`). Some structures fit after folding, which change
 - LayerNorm is RMS norm of a vector whose mean is zero. Taking the mean off everything that writes into the residual stream
   (embedding, attention output, feed-forward output) keeps it zero, so OLMo's norm becomes an RMS norm, exactly.
 
-Shared experts go to Qwen2-MoE. DeepSeek's own families have latent attention, which plain attention is not a case of.
+Shared experts go to Qwen2-MoE beside plain attention, and to DeepSeek-V2 beside latent attention, of which plain attention is
+no case. DeepSeek-V2 rotates neighbouring coordinates and we the two halves of a head: the rows are put in its order.
 """
 
 import copy
@@ -25,10 +26,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from mixtura.lm.families.dense import Source
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 
-__all__ = ["NATIVE", "build", "native_family", "why_not"]
+__all__ = ["NATIVE", "build", "fill", "native_family", "why_not"]
 
 log = logging.getLogger(__name__)
 
+DENSE_LAYERS = ("qwen2_moe", "qwen3_moe", "deepseek_v2")  # families whose layers need not all have experts
 IDLE = (
     64  # width of a shared expert of zeros, where a family insists on one; divisible by any tensor-parallel size in use
 )
@@ -71,7 +73,9 @@ def why_not(family: str, config: MixturaConfig) -> str | None:
         raise ValueError(f"family must be one of {sorted(NATIVE)}, got {family!r}")
     checks = {
         "attention experts": config.attention == "mixture",
-        "a dense feed-forward part": config.num_experts == 0 or bool(config.dense_layers),
+        "latent attention": config.attention == "latent" and family != "deepseek_v2",
+        "a dense feed-forward part": config.num_experts == 0,
+        "some dense layers": bool(config.dense_layers) and family not in DENSE_LAYERS,
         "a parallel block": config.block != "sequential",
         "norms with a bias": config.norm_bias,
         "LayerNorm behind the parts": config.norm == "layer" and config.norm_placement == "after",
@@ -112,16 +116,18 @@ def build(
     else:
         if (reason := why_not(family, config)) is not None:
             raise ValueError(f"{NATIVE[family].model} cannot express {reason}; save it as MixturaForCausalLM")
-        tensor = _native_tensor(config, _folded(config, tensor))
+        renamed = _deepseek_tensor if family == "deepseek_v2" else _native_tensor
+        tensor = renamed(config, _folded(config, tensor))
         model = _native_shell(config, family)
         log.info("written as %s: loads without mixtura", NATIVE[family].model)
-    _fill(model, tensor)
+    fill(model, tensor)
     if generation_config is not None:
         model.generation_config = copy.deepcopy(generation_config)
     return model.eval()
 
 
-def _fill(model: PreTrainedModel, tensor: Source) -> None:
+def fill(model: PreTrainedModel, tensor: Source) -> None:
+    """Give a model on the meta device its parameters, asked for by name one by one; they become its own."""
     tied, device = model.config.tie_word_embeddings, None
     for name, empty in list(model.named_parameters()):
         if tied and name == "lm_head.weight":
@@ -229,6 +235,44 @@ def _native_tensor(config: MixturaConfig, tensor: Source) -> Source:
     return native
 
 
+def _deepseek_tensor(config: MixturaConfig, tensor: Source) -> Source:
+    """DeepSeek-V2's names, and the rows that it rotates in its order: coordinates i and i + P/2 of ours are its 2i and 2i + 1."""
+    rope, fixed = config.qk_rope_head_dim, config.qk_nope_head_dim
+    order = torch.arange(rope).view(2, -1).T.flatten()
+
+    def native(name: str) -> Tensor:
+        value = tensor(name.replace(".shared_experts.", ".shared_expert."))
+        if ".kv_a_proj_with_mqa." in name:
+            return torch.cat((value[:-rope], value[-rope:][order]))
+        if ".q_proj." in name or ".q_b_proj." in name:
+            heads = value.unflatten(0, (config.num_attention_heads, -1))
+            return torch.cat((heads[:, :fixed], heads[:, fixed:][:, order]), dim=1).flatten(0, 1)
+        return value
+
+    return native
+
+
+def _lacks_deepseek_v2(c: MixturaConfig) -> str | None:
+    dense = list(c.dense_layers or [])
+    checks = {
+        "attention without a latent": c.attention != "latent",
+        "LayerNorm of latents": c.norm == "layer",
+        "norms without weight": not c.norm_weight,
+        "norms behind the parts": c.norm_placement == "after",
+        "biases of some attention projections only": c.qkv_bias != c.o_bias,
+        "gates that are made to sum to 1": c.norm_topk_prob,
+        "no shared expert": not c.shared_expert_intermediate_size,
+        "a shared expert that is no multiple of a routed one": bool(
+            c.shared_expert_intermediate_size % c.moe_intermediate_size
+        ),
+        "dense layers that are not the first ones": sorted(dense) != list(range(len(dense))),
+        "scaled rotary positions": c.rope_parameters.get("rope_type", "default") != "default",
+        "a sliding window": c.sliding_window is not None,
+        "a hidden_size that the heads do not divide": c.hidden_size % c.num_attention_heads != 0,
+    }
+    return next((what for what, has in checks.items() if has), None)
+
+
 def _lacks_mixtral(c: MixturaConfig) -> str | None:
     checks = {
         "norms of queries and keys": c.qk_norm != "none",
@@ -297,7 +341,7 @@ NATIVE: dict[str, Native] = {
             "norm_topk_prob": c.norm_topk_prob,
             "qkv_bias": c.qkv_bias,
             "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
+            "mlp_only_layers": list(c.dense_layers or []),
         },
         _lacks_qwen2_moe,
     ),
@@ -310,6 +354,8 @@ NATIVE: dict[str, Native] = {
             "norm_topk_prob": c.norm_topk_prob,
             "head_dim": c.head_dim,
             "attention_bias": c.qkv_bias,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": list(c.dense_layers or []),
             "use_sliding_window": c.sliding_window is not None,
             "sliding_window": c.sliding_window,
         },
@@ -335,5 +381,25 @@ NATIVE: dict[str, Native] = {
             "clip_qkv": c.clip_qkv,
         },
         _lacks_olmo("before"),
+    ),
+    "deepseek_v2": Native(
+        "DeepseekV2ForCausalLM",
+        lambda c: {
+            "intermediate_size": c.intermediate_size,
+            "moe_intermediate_size": c.moe_intermediate_size,
+            "n_routed_experts": c.num_experts,
+            "n_shared_experts": c.shared_expert_intermediate_size // c.moe_intermediate_size,
+            "first_k_dense_replace": len(c.dense_layers or []),
+            "norm_topk_prob": False,
+            "topk_method": "greedy",
+            "routed_scaling_factor": 1.0,
+            "kv_lora_rank": c.kv_lora_rank,
+            "q_lora_rank": c.q_lora_rank or None,
+            "qk_nope_head_dim": c.qk_nope_head_dim,
+            "qk_rope_head_dim": c.qk_rope_head_dim,
+            "v_head_dim": c.v_head_dim,
+            "attention_bias": c.qkv_bias,
+        },
+        _lacks_deepseek_v2,
     ),
 }

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mixtura.lm.model.attention import Attention, AttentionMixture
     from mixtura.lm.model.config import MixturaConfig
     from mixtura.lm.model.decoder import MixturaForCausalLM, MixturaModel
+    from mixtura.lm.model.latent_attention import LatentAttention
     from mixtura.lm.model.parts import ExpertsBlock, MixturaRouter
 
 __all__ = [
     "Attention",
     "AttentionMixture",
     "ExpertsBlock",
+    "LatentAttention",
     "MixturaConfig",
     "MixturaForCausalLM",
     "MixturaModel",
@@ -27,6 +29,7 @@ _HOMES = {
     "Attention": "attention",
     "AttentionMixture": "attention",
     "ExpertsBlock": "parts",
+    "LatentAttention": "latent_attention",
     "MixturaConfig": "config",
     "MixturaForCausalLM": "decoder",
     "MixturaModel": "decoder",

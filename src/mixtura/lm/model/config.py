@@ -14,9 +14,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "norm_placement": ("before", "after"),
     "qk_norm": ("none", "head", "full"),
     "block": ("sequential", "parallel", "parallel_two_norms"),
-    "attention": ("full", "mixture"),
+    "attention": ("full", "latent", "mixture"),
     "attention_kv": ("expert", "shared"),
     "attention_routing": ("soft", "top1", "top2"),
+    "balance_per": ("batch", "sequence"),
 }
 
 
@@ -44,10 +45,15 @@ class MixturaConfig(PreTrainedConfig):
         moe_intermediate_size: hidden units an expert; 0 for ``intermediate_size``.
         shared_expert_intermediate_size: hidden units of a feed-forward part that every token visits; 0 for none.
         dense_layers: layers that keep a dense feed-forward part.
-        attention: ``full``, or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
+        attention: ``full``; ``latent``: keys and values come out of one short vector a token, which is what the cache holds
+            (DeepSeek-V2); or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
         attention_kv: ``expert``: keys and values of each attention's own; ``shared``: one set.
         attention_routing: ``soft``: all attentions weigh in; ``top1``/``top2``: only the largest gates, as they are.
+        kv_lora_rank, q_lora_rank: width of that vector, and of the queries' own; 0 for queries that have none.
+        qk_nope_head_dim, qk_rope_head_dim, v_head_dim: of a latent head: widths that are not and that are rotated, and of values.
         router_aux_loss_coef, router_z_loss_coef: factors of the load-balance and z losses, summed over layers.
+        device_balance_coef, device_groups: factor of the balance between so many groups of experts, as they lie on devices.
+        balance_per: whether balance is asked of all tokens of the ``batch`` together or of each ``sequence``.
     """
 
     model_type = "mixtura"
@@ -99,12 +105,22 @@ class MixturaConfig(PreTrainedConfig):
     attention_experts: int = 1
     attention_kv: str = "expert"
     attention_routing: str = "soft"
+    kv_lora_rank: int = 0
+    q_lora_rank: int = 0
+    qk_nope_head_dim: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
+    device_balance_coef: float = 0.0
+    device_groups: int = 0
+    balance_per: str = "batch"
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        if self.attention == "latent":  # what the rotary tables are made for
+            self.head_dim = self.qk_rope_head_dim
         self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.no_rope_layers = list(self.no_rope_layers or [])
@@ -137,5 +153,30 @@ def _check(config: MixturaConfig) -> None:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:
         raise ValueError("attention_routing='top2' needs attention_experts >= 2, got 1")
+    if config.attention == "latent":
+        _check_latent(config)
+    for name in ("router_aux_loss_coef", "router_z_loss_coef", "device_balance_coef"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
+    if config.device_balance_coef and not (config.device_groups and config.num_experts % config.device_groups == 0):
+        raise ValueError(
+            f"device_balance_coef needs device_groups that divide num_experts={config.num_experts}, got {config.device_groups}"
+        )
     if config.block != "sequential" and config.norm_placement != "before":
         raise ValueError(f"block={config.block!r} is defined for norm_placement='before' only")
+
+
+def _check_latent(config: MixturaConfig) -> None:
+    for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"attention='latent' needs {name} >= 1, got {getattr(config, name)}")
+    if config.qk_rope_head_dim % 2:
+        raise ValueError(f"qk_rope_head_dim must be even, got {config.qk_rope_head_dim}")
+    if config.num_key_value_heads != config.num_attention_heads:
+        raise ValueError(
+            f"attention='latent' has keys for every head: num_key_value_heads must be {config.num_attention_heads}, "
+            f"got {config.num_key_value_heads}"
+        )
+    for name, plain in (("qk_norm", "none"), ("clip_qkv", None)):
+        if getattr(config, name) != plain:
+            raise ValueError(f"attention='latent' has no {name}; leave it at {plain!r}, got {getattr(config, name)!r}")

@@ -6,7 +6,8 @@ It runs on transformers' own machinery: attention engines, masks, caches, ``gene
 saving. ``import mixtura`` registers ``model_type="mixtura"`` with the Auto classes.
 """
 
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +21,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 import mixtura.lm.experts_forward  # noqa: F401 (registers experts_implementation="mixtura")
-from mixtura.core.balance import load_balance_loss, router_z_loss
+from mixtura.core.balance import BalancePer, balance_loss, device_split, router_z_loss
 from mixtura.core.gates import top_k
 from mixtura.lm.model.attention import Attention, AttentionMixture, MixturaRotaryEmbedding, _AttentionCore
 from mixtura.lm.model.config import MixturaConfig
-from mixtura.lm.model.parts import Experts, ExpertsBlock, MixturaRMSNorm, MixturaRouter, Mlp, make_norm
+from mixtura.lm.model.latent_attention import LatentAttention
+from mixtura.lm.model.parts import Experts, MixturaRMSNorm, MixturaRouter, make_feed_forward, make_norm
 
 __all__ = ["MixturaForCausalLM", "MixturaLayer", "MixturaModel", "routing_loss"]
+
+ATTENTIONS = {"full": Attention, "latent": LatentAttention, "mixture": AttentionMixture}
 
 
 class MixturaLayer(GradientCheckpointingLayer):
@@ -35,9 +39,8 @@ class MixturaLayer(GradientCheckpointingLayer):
     def __init__(self, config: MixturaConfig, layer_idx: int):
         super().__init__()
         self.block, self.after = config.block, config.norm_placement == "after"
-        attention = AttentionMixture if config.attention == "mixture" else Attention
-        self.self_attn = attention(config, layer_idx)
-        self.mlp = ExpertsBlock(config) if config.sparse(layer_idx) else Mlp(config)
+        self.self_attn = ATTENTIONS[config.attention](config, layer_idx)
+        self.mlp = make_feed_forward(config, layer_idx)
         if self.after:
             self.post_attention_layernorm = make_norm(config)
             self.post_feedforward_layernorm = make_norm(config)
@@ -150,8 +153,9 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
     """Language model built of the parts that its config names.
 
     In training with labels, or with ``output_router_logits``, ``loss`` is the mean token loss plus, summed over the layers
-    with experts, ``router_aux_loss_coef`` times the load-balance loss and ``router_z_loss_coef`` times the z loss;
-    ``aux_loss`` is what was added. A gate of attention experts is soft and needs neither.
+    with experts, ``router_aux_loss_coef`` times the load-balance loss, ``device_balance_coef`` times that between devices and
+    ``router_z_loss_coef`` times the z loss; ``aux_loss`` is what was added. A gate of attention experts is soft and needs none of
+    them.
 
     Example:
         >>> config = MixturaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, num_experts=4)
@@ -203,7 +207,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if gates:
-            aux = routing_loss(outputs.router_logits, self.config, attention_mask)
+            aux = routing_loss(outputs.router_logits, self.config, attention_mask, rows=len(logits))
             loss = None if loss is None else loss + aux.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -215,25 +219,65 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
         )
 
+    def save_pretrained(self, save_directory: str | Path, *args: Any, family: str | None = None, **kwargs: Any) -> None:
+        """Write the model, as a family of transformers where ``family`` names one; that loads without mixtura.
 
-def routing_loss(router_logits: tuple[Tensor, ...], config: MixturaConfig, attention_mask: Tensor | None) -> Tensor:
+        Args:
+            save_directory: directory, made where it is not there.
+            family: one of :data:`mixtura.lm.families.NATIVE`, such as ``"mixtral"``, ``"olmoe"``, ``"qwen2_moe"`` or
+                ``"deepseek_v2"``; None writes our own format.
+            args, kwargs: what transformers takes, for our own format.
+        Raises:
+            ValueError: an unknown family, or one that cannot express the config; the part is named.
+        """
+        if family is None:
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        if args or kwargs:
+            raise TypeError(f"family={family!r} takes no further option, got {[*args, *kwargs]}")
+        from mixtura.lm.families import build
+        from mixtura.lm.families.save import save_checkpoint
+
+        state = self.state_dict()
+        native = build(
+            self.config, lambda name: state[name].clone(), family=family, generation_config=self.generation_config
+        )
+        save_checkpoint(native, save_directory)
+
+
+def routing_loss(
+    router_logits: tuple[Tensor, ...], config: MixturaConfig, attention_mask: Tensor | None, *, rows: int = 1
+) -> Tensor:
     """Balance and z losses of all layers with experts, weighted as the config says; padding does not count.
 
     Args:
         router_logits: one tensor (T, E) a layer.
         config: names the factors and the number of chosen experts.
         attention_mask: (B, L), zero at padding, or None.
+        rows: B, for a balance of each sequence.
     Returns:
         Scalar, float32.
-    Source: Switch Transformers (2101.03961), eq. 4; ST-MoE (2202.08906), eq. 5; summed over blocks as in BAM (2408.08274).
+    Source: Switch Transformers (2101.03961), eq. 4; ST-MoE (2202.08906), eq. 5; summed over blocks as in BAM (2408.08274);
+        between devices: DeepSeekMoE (2401.06066), eq. 15-17.
     """
     total = torch.zeros((), device=router_logits[0].device)
+    groups = device_split(config.num_experts, config.device_groups) if config.device_balance_coef else None
     for logits_TE in router_logits:
         logits_TE = logits_TE.float()
+        mask_BL = None
         if attention_mask is not None and attention_mask.numel() == len(logits_TE):
-            logits_TE = logits_TE[attention_mask.reshape(-1).bool()]
-        probs_TE = logits_TE.softmax(-1)
-        indices_TK = top_k(logits_TE, config.num_experts_per_tok).indices
-        balance = config.router_aux_loss_coef * load_balance_loss(probs_TE, indices_TK)
-        total = total + balance + config.router_z_loss_coef * router_z_loss(logits_TE)
+            mask_BL = attention_mask.bool()
+            rows = len(mask_BL)
+        routing = top_k(logits_TE, config.num_experts_per_tok)
+        total = total + balance_loss(
+            routing.probs.unflatten(0, (rows, -1)),
+            routing.indices.unflatten(0, (rows, -1)),
+            expert=config.router_aux_loss_coef,
+            device=config.device_balance_coef,
+            groups=groups,
+            per=cast(BalancePer, config.balance_per),
+            mask=mask_BL,
+        )
+        seen_TE = logits_TE if mask_BL is None else logits_TE[mask_BL.reshape(-1)]
+        total = total + config.router_z_loss_coef * router_z_loss(seen_TE)
     return total

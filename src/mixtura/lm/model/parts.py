@@ -16,7 +16,16 @@ from transformers.integrations import use_experts_implementation
 from mixtura.core.gates import top_k
 from mixtura.lm.model.config import MixturaConfig
 
-__all__ = ["Experts", "ExpertsBlock", "MixturaRMSNorm", "MixturaRouter", "Mlp", "make_experts", "make_norm"]
+__all__ = [
+    "Experts",
+    "ExpertsBlock",
+    "MixturaRMSNorm",
+    "MixturaRouter",
+    "Mlp",
+    "make_experts",
+    "make_feed_forward",
+    "make_norm",
+]
 
 
 class MixturaRMSNorm(nn.Module):
@@ -188,3 +197,8 @@ class ExpertsBlock(nn.Module):
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)
         return y_TD.reshape(hidden_states.shape)
+
+
+def make_feed_forward(config: MixturaConfig, layer: int) -> nn.Module:
+    """The feed-forward part that the config gives a layer, (B, L, D) -> (B, L, D). A new kind of part is chosen here."""
+    return ExpertsBlock(config) if config.sparse(layer) else Mlp(config)

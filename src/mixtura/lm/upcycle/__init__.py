@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, branch, mix, vocabularies_agree
     from mixtura.lm.upcycle.branch_train_mix import average, to_standard
     from mixtura.lm.upcycle.copies import CopyConfig
+    from mixtura.lm.upcycle.segments import segment
 
 __all__ = [
     "METHODS",
@@ -16,6 +17,7 @@ __all__ = [
     "average",
     "branch",
     "mix",
+    "segment",
     "to_standard",
     "upcycle",
     "vocabularies_agree",
@@ -26,6 +28,7 @@ _HOMES = {
     "branch_attend_mix": ("BranchAttendConfig", "branch", "mix", "vocabularies_agree"),
     "branch_train_mix": ("average", "to_standard"),
     "copies": ("CopyConfig",),
+    "segments": ("segment",),
 }
 
 
