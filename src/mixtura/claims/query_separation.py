@@ -58,11 +58,15 @@ SCALES: dict[Scale, Size] = {
 
 LIMITS = (
     "Instruments are rendered by a synthesizer, each seen with one kind of clothes, and two seconds at 8 kHz; the towers are "
-    "small ones trained on clothes and captions, not CLIP. Tests have phrases, voices, texts and bursts that training has not, "
-    "but the same ten presets. 1500 steps instead of 200,000, so queries start apart (spread 3 instead of 0.0001) and "
-    "the rate is three times the paper's. Masks are used as they are: those with noise heads lie below 1/2, where a threshold of "
-    "1/2 would silence them. The labelled rival and the sweep of gamma are run for one seed. SDR of 150 mixtures scatters by "
-    "about 0.2 dB."
+    "small ones trained on clothes and captions, not CLIP. Tests have phrases, voices, texts and bursts that training has "
+    "not, but the same ten presets. 1500 steps instead of 200,000, so queries start apart (spread 3 instead of 0.0001) and "
+    "the rate is three times the paper's. Masks are used as they are: those with noise heads lie below 1/2, where a threshold"
+    " of 1/2 would silence them. The labelled rival and the sweep of gamma are run for one seed. SDR of 150 mixtures scatters"
+    " by about 0.2 dB. Three checks fail. The leak is 0.36, and 0.35 was asked for. The noise heads' mask is 1.7 times as "
+    "high on noise as on the targets, where 2 was asked for: a thousand steps leave them half blind. And with gamma 0 and "
+    "weight 10 they should fall silent and give back the separator without them; they do, but the step in which they wake "
+    "throws the shared maps back (0.3 to 0.7 dB), and the rest of the training does not mend it. The price on clean "
+    "interferers is about half a decibel, as the gain against noise is 1.3."
 )
 
 
@@ -271,7 +275,8 @@ def plot(record: Record, figure: Any) -> None:
     left.axhline(0, color="black", linewidth=0.6)
     left.set_xticks(range(len(KINDS)), ["target + sound off screen", "target + other instrument"])
     left.set_ylabel("SI-SDR, dB (the mixture's is 0)")
-    left.legend(frameon=False, fontsize=7, loc="upper left")
+    left.set_ylim(top=1.3 * left.get_ylim()[1])
+    left.legend(frameon=False, fontsize=7, loc="upper left", ncols=2)
     names = {"plain": "no noise heads", "nit": "noise heads"}
     leaks = np.array([[row[f"{name}_noise_text_leak"] for name in names] for row in seeds])
     middle.bar(range(2), leaks.mean(0), 0.5, color=["#c05621", "#2b6cb0"])
