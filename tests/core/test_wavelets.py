@@ -9,7 +9,7 @@ from mixtura.core.wavelets import haar2d, ihaar2d, iwavelet2d, wavelet2d
 
 def peer(x: torch.Tensor, wavelet: str, mode: str) -> np.ndarray:
     """One level by PyWavelets: LL, cH, cV, cD."""
-    pywt = pytest.importorskip("pywt", reason="PyWavelets is a benchmark peer: pip install PyWavelets")
+    pywt = pytest.importorskip("pywt", reason="PyWavelets is an oracle: pip install PyWavelets")
     ll, details = pywt.dwt2(x.numpy(), wavelet, mode=mode)
     return np.stack([ll, *details], -3)
 
@@ -40,7 +40,8 @@ def test_other_wavelets_are_pywavelets_and_invert(wavelet: str, mode: str):
 
 def test_odd_sides_under_zeros_are_pywavelets():
     x = torch.randn(17, 23, dtype=torch.float64)
-    np.testing.assert_allclose(wavelet2d(x, "db2", mode="zero")[0].numpy(), peer(x, "db2", "zero"), atol=1e-12)
+    want = peer(x, "db2", "zero")
+    np.testing.assert_allclose(wavelet2d(x, "db2", mode="zero")[0].numpy(), want, atol=1e-12)
 
 
 @pytest.mark.parametrize("size", [(16, 24), (17, 23)])
@@ -80,7 +81,7 @@ def test_bad_input_is_named(call, message: str):
     [("db99", 4, "'db99'"), ("bior2.2", 4, "orthogonal"), ("db2", 5, r"even sides only, got \(5, 5\)")],
 )
 def test_wavelets_that_cannot_be_had_are_named(wavelet: str, size: int, message: str):
-    pytest.importorskip("pywt", reason="PyWavelets is a benchmark peer: pip install PyWavelets")
+    pytest.importorskip("pywt", reason="PyWavelets is an oracle: pip install PyWavelets")
     with pytest.raises(ValueError, match=message):
         wavelet2d(torch.zeros(size, size), wavelet)
 
