@@ -9,6 +9,7 @@ from mixtura.core.balance import (
     load_balance_loss,
     load_statistics,
     router_z_loss,
+    sequence_balance_loss,
     updated_bias,
 )
 from mixtura.core.gates import top_k
@@ -121,3 +122,21 @@ def test_the_bias_evens_a_gate_out_without_a_loss():
 def test_wrong_arguments_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("groups", [None, [[0, 1], [2, 3, 4], [5]]])
+def test_the_balance_of_sequences_is_the_mean_of_each_by_itself(groups):
+    generator = torch.Generator().manual_seed(0)
+    probs = torch.randn(5, 7, 6, dtype=torch.float64, generator=generator).softmax(-1).requires_grad_()
+    indices = torch.randint(0, 7, (5, 7, 2), generator=generator)  # 6 is the sentinel
+    mask = torch.rand(5, 7, generator=generator) < 0.6
+    mask[2] = False
+    alone = [
+        load_balance_loss(probs[b][mask[b]], indices[b][mask[b]])
+        if groups is None
+        else device_balance_loss(probs[b][mask[b]], indices[b][mask[b]], groups)
+        for b in (0, 1, 3, 4)
+    ]
+    want, found = torch.stack(alone).mean(), sequence_balance_loss(probs, indices, groups=groups, mask=mask)
+    torch.testing.assert_close(found, want)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, probs)[0] for loss in (found, want)))

@@ -408,6 +408,7 @@ def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
 
 
 def usage_of(model: Any, out: Path) -> str:
+    """Python that loads what was written, for the model card."""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     if type(model).__module__.startswith("mixtura") or getattr(model.config, "quantization_config", None):
         lines.insert(0, "import mixtura  # registers the model's classes with transformers")

@@ -91,8 +91,7 @@ def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequenc
         DeepSeekMoE (2401.06066), eq. 15-17, without the factor alpha.
     """
     n_experts = probs.shape[-1]
-    if sorted(e for group in groups for e in group) != list(range(n_experts)) or not all(groups):
-        raise ValueError(f"groups must hold each of the {n_experts} experts once, none empty, got {list(groups)}")
+    _check_groups(groups, n_experts)
     load_E, importance_E = _load_and_importance(probs, indices)
     terms = [load_E[list(group)].mean() * importance_E[list(group)].sum() for group in groups]
     return torch.stack(terms).sum()
@@ -126,12 +125,30 @@ def sequence_balance_loss(
             f"probs (B, L, E) and indices (B, L, K) must agree in B and L, got {tuple(probs.shape)} and {tuple(indices.shape)}"
         )
     kept_BL = torch.ones(probs.shape[:2], dtype=torch.bool, device=probs.device) if mask is None else mask.bool()
-    losses = []
-    for probs_LE, indices_LK, kept_L in zip(probs, indices, kept_BL, strict=True):
-        if bool(kept_L.any()):
-            one = (probs_LE[kept_L], indices_LK[kept_L])
-            losses.append(load_balance_loss(*one) if groups is None else device_balance_loss(*one, groups))
-    return torch.stack(losses).mean() if losses else _wide(probs).sum() * 0.0
+    experts, k = probs.shape[-1], indices.shape[-1]
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) <= experts:
+        raise ValueError(f"indices must be in [0, {experts}], got {int(indices.min())} to {int(indices.max())}")
+    wide_BLE = _wide(probs)
+    weight_BL = kept_BL.to(wide_BLE)
+    tokens_B = weight_BL.sum(1)
+    per_token_B1 = 1 / tokens_B.clamp(min=1)[:, None]
+    importance_BE = torch.einsum("ble,bl->be", wide_BLE, weight_BL) * per_token_B1
+    # One place more, for the sentinel, whose choices count for nobody.
+    counts = wide_BLE.new_zeros(len(probs), experts + 1)
+    counts.scatter_add_(1, indices.flatten(1), weight_BL.repeat_interleave(k, 1))
+    load_BE = counts[:, :experts] * per_token_B1 * (experts / k)
+    if groups is None:
+        loss_B = (load_BE * importance_BE).sum(1)
+    else:
+        _check_groups(groups, experts)
+        terms = [load_BE[:, list(group)].mean(1) * importance_BE[:, list(group)].sum(1) for group in groups]
+        loss_B = torch.stack(terms).sum(0)
+    return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
+
+
+def _check_groups(groups: Sequence[Sequence[int]], n_experts: int) -> None:
+    if sorted(e for group in groups for e in group) != list(range(n_experts)) or not all(groups):
+        raise ValueError(f"groups must hold each of the {n_experts} experts once, none empty, got {list(groups)}")
 
 
 def device_split(experts: int, groups: int) -> list[range]:

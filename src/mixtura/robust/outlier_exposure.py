@@ -13,6 +13,7 @@ Source: Zhang et al. 2021 (2106.03917), sec. 4, with the details of their code; 
 (1812.04606), eq. 1 and sec. 4.3; energy, Liu et al. 2020 (2010.03759), eq. 8-9.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Literal
 
@@ -27,7 +28,7 @@ __all__ = ["EnergyExposure", "Exposure", "HardOutlierExposure", "MixtureOutlierE
 Model = Callable[[Tensor], Tensor]
 
 
-class Exposure(nn.Module):
+class Exposure(nn.Module, ABC):
     """What these objectives share: their call and their checks.
 
     Args:
@@ -69,11 +70,11 @@ class Exposure(nn.Module):
         parts = self.parts(model, x, y, outliers, generator=generator)
         return parts["id_loss"] + self.beta * parts["outlier_loss"]
 
+    @abstractmethod
     def parts(
         self, model: Model, x: Tensor, y: Tensor, outliers: Tensor, *, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
         """The terms of the loss before they are weighted: ``id_loss``, ``outlier_loss`` and what else there is to know."""
-        raise NotImplementedError
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, beta={self.beta:g}"
