@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mixtura.core.balance import balance_loss, device_split, router_z_loss
+from mixtura.core.gates import top_k
 from mixtura.core.measure import bfloat16_over_float32
 from mixtura.core.sparse_layers import masked_parameters
 from mixtura.core.sparse_training import MaskConfig
@@ -129,9 +130,11 @@ def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0
         loss = _next_token(model, ids)
     for routing in routings.values():
         if balance:
+            # What the gate wanted: a pair over an expert's capacity counts for that expert.
+            chosen = top_k(routing.logits, routing.indices.shape[-1]).indices if routing.dropped else routing.indices
             even = balance_loss(
                 routing.logits.float().softmax(-1).unflatten(0, (len(ids), -1)),
-                routing.indices.unflatten(0, (len(ids), -1)),
+                chosen.unflatten(0, (len(ids), -1)),
                 expert=balance,
                 device=device,
                 groups=device_split(routing.n_experts, config.device_groups) if device else None,
