@@ -12,6 +12,11 @@ The one-hot side has the capacity that the tables have, ceil(T / E), and no padd
     python benchmarks/table_dispatch.py            # all, writes docs/benchmarks/table_dispatch.json
     python benchmarks/table_dispatch.py --busy     # on a machine with other work: one thread, processor time
     python benchmarks/table_dispatch.py --quick    # a small case, fewer rounds, no record
+
+The peer, in a folder of its own, since accelerate imports an installed deepspeed whenever a model is saved:
+
+    DS_BUILD_OPS=0 pip install --no-deps --no-build-isolation --target peers deepspeed hjson py-cpuinfo msgpack einops
+    PYTHONPATH=peers python benchmarks/table_dispatch.py
 """
 
 from __future__ import annotations
