@@ -16,10 +16,14 @@ held_out = blocks(tokenizer, text.held_out, 64, limit=32)
 torch.manual_seed(0)
 dense = MixturaForCausalLM(
     MixturaConfig(
-        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
         eos_token_id=tokenizer.eos_token_id,
     )
-)  # fmt: skip
+)
 train(dense, tokenizer, text.train, steps=60, length=64, lr=3e-3, label="dense")
 
 pyramid = upcycle(dense, method="pyramid", n_experts=[4, 8])
