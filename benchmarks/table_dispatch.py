@@ -245,8 +245,8 @@ def main() -> None:
         record = {
             "title": "Top-1 routing by tables",
             "what": (
-                "Routing, moving rows and a whole layer (two matrices, ReLU) by tables, against masks of tokens x experts x places "
-                "and products over them, and against DeepSpeed's own gate on the same logits. Time, or memory, of the "
+                "Routing, moving rows and a whole layer (two matrices, ReLU) by tables, against masks of tokens x experts x "
+                "places and products over them, and against DeepSpeed's own gate on the same logits. Time, or memory, of the "
                 f"rival over ours; {'processor time' if options.busy else 'wall clock'}, one thread, the first come stay."
             ),
             "rows": rows,
