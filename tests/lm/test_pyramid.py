@@ -88,12 +88,9 @@ def by_table(x, up, down, logits, k, factor):
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 1024])
-@pytest.mark.parametrize("experts", [1, 4, 64])
+@pytest.mark.parametrize(("experts", "k"), [(1, 1), (4, 1), (4, 2), (64, 1), (64, 2)])
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
-@pytest.mark.parametrize("k", [1, 2])
 def test_tables_give_what_one_hot_products_give_in_output_and_every_gradient(tokens, experts, factor, k):
-    if k > experts:
-        pytest.skip("a token cannot visit more experts than there are")
     draw = seeded(tokens + experts)
     inputs = [
         torch.randn(*shape, generator=draw) * 0.5
@@ -164,7 +161,7 @@ def test_dropped_tokens_are_counted_and_keep_the_fixed_network_and_evaluation_ke
     torch.testing.assert_close(out.hidden[4:], layer.experts.fixed(x)[4:])
     assert (out.hidden[:4] - layer.experts.fixed(x)[:4]).abs().min(0).values.max() > 1e-3
     # Balance is asked of what the gate wanted: all to expert 0, at probability 1/2.
-    assert float(out.aux_loss) == pytest.approx(0.01)
+    assert out.aux_loss.item() == pytest.approx(0.01)
 
 
 def test_training_keeps_tokens_of_every_place_alike_and_the_same_seed_keeps_the_same():
@@ -303,7 +300,7 @@ def test_conversion_of_a_transformers_model_keeps_its_logits_and_the_model_as_it
     dense = llama()
     before = {name: t.clone() for name, t in dense.state_dict().items()}
     grown = upcycle(dense, method="pyramid", n_experts=[2, 4], combine=combine)
-    torch.testing.assert_close(grown(TOKENS).logits, dense(TOKENS).logits, **CLOSE)
+    assert torch.equal(grown(TOKENS).logits, dense(TOKENS).logits)
     assert all(torch.equal(t, before[name]) for name, t in dense.state_dict().items())
     assert grown.config.num_experts == [0, 2, 0, 4] and grown.config.shared_combine == combine
 
