@@ -344,6 +344,29 @@ def test_a_pyramid_is_no_dense_model_and_is_cut_into_segments_layer_by_layer():
     assert native_family(net.config) is None and why_not("mixtral", net.config)
 
 
+def test_a_pyramid_is_looked_into_layer_by_layer(tmp_path):
+    from mixtura.lm import inspect
+    from mixtura.lm.tokens import byte_pair_tokenizer
+
+    tokenizer = byte_pair_tokenizer(["one two three"], 260)
+    net = decoder(vocab_size=260, **TIGHT)
+    report = inspect(net, tokenizer, {"a": ["one two three " * 20], "b": ["x y z " * 20]}, length=8, batch_size=2)
+    assert [len(experts) for experts in report.top_tokens] == [2, 4]
+    share = torch.tensor(report.share)
+    assert share.shape == (2, 2, 4) and share[0, :, 2:].eq(0).all()
+    torch.testing.assert_close(share.sum(-1), torch.ones(2, 2))
+    assert all(0 <= value <= 1 for value in report.entropy)
+    report.to_html(tmp_path / "report.html")
+    assert "2 mixture layers of 2 or 4 experts" in (tmp_path / "report.html").read_text()
+
+
+def test_bits_for_experts_of_layers_that_differ_are_refused_with_what_would_do():
+    from mixtura.lm.compress.mixed_experts import convert as pack
+
+    with pytest.raises(ValueError, match=r"layers have \[2, 4\] experts, .*mixllm"):
+        pack(decoder(shared_combine="sum"), [TOKENS])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [

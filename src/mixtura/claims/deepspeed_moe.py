@@ -73,7 +73,7 @@ class Sizes:
     window: Window = WINDOW
     batch: int = 1024
     steps: int = 750
-    grid: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    grid: tuple[float, ...] = (1.2e-2, 2.4e-2, 4.8e-2)
     grid_steps: int = 200
     held: int = 8192
     device: str = "cpu"
