@@ -105,6 +105,7 @@ def test_a_teacher_that_is_not_there_is_said(here, text, tmp_path):  # noqa: F81
         (("--method", "pyramid", "--experts", "2,4,4,4,4,4"), "num_experts must have one number for each of the"),
         (("--method", "pyramid", "--top-k", 2), "top_k must be 1 for a pyramid"),
         (("--experts", "2,4"), "--experts as a list goes with --method pyramid, got '2,4' for copy"),
+        (("--combine", "sum"), "--combine goes with --method pyramid, got it with copy"),
         (("--experts", "two"), "--experts must be whole numbers above 0"),
     ],
 )

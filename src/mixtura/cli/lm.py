@@ -104,8 +104,9 @@ def upcycle(
         int | None, typer.Option(help="Experts that each token visits; default 2, and 1 for pyramid.")
     ] = None,
     combine: Annotated[
-        CombineName, typer.Option(help="How expert and fixed network come together (pyramid).")
-    ] = CombineName.coefficient,
+        CombineName | None,
+        typer.Option(help="How expert and fixed network come together; default coefficient (pyramid)."),
+    ] = None,
     segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
     shared_kv: Annotated[
         bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
@@ -141,7 +142,9 @@ def upcycle(
             raise ValueError(f"--experts as a list goes with --method pyramid, got {experts!r} for {method.value}")
         options["n_experts"] = counts if len(counts) > 1 else counts[0]
     if several:
-        options["combine"] = combine.value
+        options["combine"] = (combine or CombineName.coefficient).value
+    elif combine is not None:
+        raise ValueError(f"--combine goes with --method pyramid, got it with {method.value}")
     if method is UpcycleMethod.fine_grained:
         options["segments"] = segments
     if method is UpcycleMethod.branch_attend_mix:
