@@ -1,0 +1,1 @@
+"""Training on many devices: where experts live, how tokens reach them, and what it costs."""
