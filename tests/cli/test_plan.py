@@ -61,8 +61,12 @@ def test_more_devices_than_experts_have_no_times(config):
 
 def test_loads_are_recorded_from_a_checkpoint_and_read_again(config, tmp_path):
     text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"The number {n} stands beside {n + 1}, and {n * n} is its square." for n in range(300)))
-    made = CliRunner().invoke(app, ["train", str(config), "--text", str(text), "--steps", "1", "--out", str(tmp_path / "m")])
+    text.write_text(
+        "\n\n".join(f"The number {n} stands beside {n + 1}, and {n * n} is its square." for n in range(300))
+    )
+    made = CliRunner().invoke(
+        app, ["train", str(config), "--text", str(text), "--steps", "1", "--out", str(tmp_path / "m")]
+    )
     assert made.exit_code == 0, made.output
     where = tmp_path / "loads.safetensors"
     code, said = run(tmp_path / "m", "--text", text, "--record", where, "--gpus", 2, "--tokens", 64, "--iterations", 4)

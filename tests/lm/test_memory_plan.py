@@ -55,7 +55,13 @@ def test_processes_hold_what_the_plan_says():
         assert found["held"] == pytest.approx([want.parts[k] for k in ("weights", "gradients", "states")], rel=0.02)
     sizes = sizes_of(make_model())
     plain, ours = (
-        memory(Sizes(other=0, experts=sizes.experts, expert=sizes.expert, layers=2), make_mesh(4), form, bytes=FLOAT32_ADAM, **more)
+        memory(
+            Sizes(other=0, experts=sizes.experts, expert=sizes.expert, layers=2),
+            make_mesh(4),
+            form,
+            bytes=FLOAT32_ADAM,
+            **more,
+        )
         for form, more in (("E", {}), ("hecate", {"capacity": 1}))
     )
     for found in in_processes(4, counted, True):
@@ -82,7 +88,7 @@ def test_published_limits():
 
 
 def test_sharding_the_repeated_part_is_what_lets_the_base_grow():
-    base = {form: 0 for form in ("E", "E+Z")}
+    base = dict.fromkeys(("E", "E+Z"), 0)
     for form in base:
         mesh, low, high = make_mesh(512), 0, 10**12
         while high - low > 10**7:
@@ -98,7 +104,9 @@ def test_the_largest_model_is_the_last_that_fits():
     mesh = make_mesh(16, expert=8)
     for form in ("E", "E+D", "E+D+Z"):
         n = largest(form, mesh, 1e9, 0, 1_000_000)
-        fits = [memory(Sizes(other=1_000_000, experts=n - 1_000_000 + more), mesh, form).device <= 1e9 for more in (0, 1)]
+        fits = [
+            memory(Sizes(other=1_000_000, experts=n - 1_000_000 + more), mesh, form).device <= 1e9 for more in (0, 1)
+        ]
         assert fits == [True, False]
     assert largest("E", mesh, 1e6, 0, 1_000_000) == 0
 

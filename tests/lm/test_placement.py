@@ -36,9 +36,7 @@ def test_copies_are_close_to_the_best_there_are():
         n_experts, n_devices, capacity = SHAPES[trial % len(SHAPES)]
         load = torch.randn(n_experts, generator=generator).exp()
         owners = homogeneous(n_experts, n_devices)
-        made = materialize(
-            owners, load, overlap=n_experts, capacity=capacity, topology=Topology(1, n_devices)
-        )
+        made = materialize(owners, load, overlap=n_experts, capacity=capacity, topology=Topology(1, n_devices))
         ratios.append(busiest_device(made, load) / best_copies(owners, load, capacity))
     assert max(ratios) <= 1.45  # a heuristic: its worst of these is 1.40
     assert sum(ratios) / len(ratios) <= 1.10
@@ -84,9 +82,7 @@ def test_where_there_is_room_all_busy_experts_go_everywhere():
 def test_a_second_look_keeps_copies_and_their_room():
     topology, owners = Topology(2, 2), homogeneous(8, 4)
     first = materialize(owners, [9, 8, 1, 1, 1, 1, 1, 1], overlap=2, capacity=1, topology=topology)
-    second = materialize(
-        owners, [1, 1, 1, 1, 1, 1, 9, 8], overlap=8, capacity=2, topology=topology, already=first
-    )
+    second = materialize(owners, [1, 1, 1, 1, 1, 1, 9, 8], overlap=8, capacity=2, topology=topology, already=first)
     assert (first & second).equal(first)
     assert (second & ~owners).sum(0).max() <= 2
     assert (second & ~first)[6].any()

@@ -75,12 +75,14 @@ def test_weights_come_as_they_are_and_gradients_go_home_in_order():
             assert torch.equal(got["stack"], whole[got["slots"]])
             assert torch.equal(got["home"], sums[got["own"]])
             assert torch.equal(got["moved"], moved[:, rank])
-        assert sum(f[seed]["ahead"] for f in found) == pytest.approx(float(sum(f[seed]["behind"] for f in found)), rel=1e-12)
+        assert sum(f[seed]["ahead"] for f in found) == pytest.approx(
+            float(sum(f[seed]["behind"] for f in found)), rel=1e-12
+        )
 
 
 def test_owners_must_keep_what_they_own():
     before = homogeneous(4, 2)
-    with pytest.raises(ValueError, match="before, of shape .* must lie within after"):
+    with pytest.raises(ValueError, match=r"before, of shape .* must lie within after"):
         Transfer.between(before, ~before, 0)
 
 
@@ -182,7 +184,9 @@ def test_a_training_with_copies_and_new_owners_is_the_training_in_one_process(wo
             assert got["moved"] or case["overlap"] == EXPERTS, "experts changed owners"
             assert got["gradients"].keys() == alone["gradients"].keys()
             for name, gradient in alone["gradients"].items():
-                torch.testing.assert_close(got["gradients"][name], gradient, rtol=1e-9, atol=1e-10, msg=f"{case} {name}")
+                torch.testing.assert_close(
+                    got["gradients"][name], gradient, rtol=1e-9, atol=1e-10, msg=f"{case} {name}"
+                )
             torch.testing.assert_close(torch.tensor(got["losses"]), torch.tensor(alone["losses"]), rtol=1e-9, atol=0)
             for name, tensor in alone["state"].items():
                 torch.testing.assert_close(got["state"][name], tensor, rtol=1e-9, atol=1e-9, msg=f"{case} {name}")
@@ -194,13 +198,17 @@ def test_a_training_with_copies_and_new_owners_is_the_training_in_one_process(wo
 def alive(shapes):
     """Bytes of each storage that a tensor of stacked experts looks at."""
     gc.collect()
-    found = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dim() == 3 and tuple(t.shape[1:]) in shapes]
+    found = [
+        t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.dim() == 3 and tuple(t.shape[1:]) in shapes
+    ]
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found if t.untyped_storage().nbytes()}
 
 
 def held(rank, rematerialize):
     """Bytes of own weights, and of other stacks of experts that are alive after the forward pass."""
-    model = shard_experts(make_model(), make_mesh(4, node=2), overlap=2, capacity=2, rematerialize=rematerialize).train()
+    model = shard_experts(
+        make_model(), make_mesh(4, node=2), overlap=2, capacity=2, rematerialize=rematerialize
+    ).train()
     parameters = [p for layer in sharded_layers(model) for p in layer.local_experts.parameters()]
     ids = torch.randint(1, 40, (2, LENGTH), generator=torch.Generator().manual_seed(rank))
     model(input_ids=ids, labels=ids, use_cache=False).loss.backward()

@@ -68,7 +68,12 @@ def test_loads_are_recorded_from_a_model():
     torch.manual_seed(0)
     model = MixturaForCausalLM(
         MixturaConfig(
-            vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, num_experts=4
+            vocab_size=50,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_experts=4,
         )
     ).eval()
     batches = [torch.randint(0, 50, (2, 5)) for _ in range(3)]
@@ -111,7 +116,9 @@ def test_copies_help_where_loads_are_uneven_and_are_hidden_by_the_papers_rule():
     again = simulate(trace, shape, cluster, "hecate", skip=2, rematerialize=True)
     assert again.memory["copies"] < ours.memory["copies"]
     assert again.seconds >= ours.seconds
-    assert simulate(trace, shape, cluster, "hecate", skip=2, overlap=0, reshard_every=0).seconds == pytest.approx(plain.seconds)
+    assert simulate(trace, shape, cluster, "hecate", skip=2, overlap=0, reshard_every=0).seconds == pytest.approx(
+        plain.seconds
+    )
 
 
 def test_no_system_sees_the_future():

@@ -1,4 +1,4 @@
-"""Claim of ``hecate``: copies of busy experts, made anew each iteration, against expert parallelism and systems that move experts.
+"""Claim of ``hecate``: copies of busy experts, made anew each iteration, against systems that keep experts or move them.
 
 Seconds are modelled: the machines are not here. Loads are drawn, from mild to very uneven, and also recorded from a decoder of 64
 experts that this run trains with a balance loss. Every system that has knobs is tuned on the first third of a trace and measured
@@ -144,7 +144,9 @@ def _figures(cells: Mapping[str, Any], recorded: LoadTrace) -> Figures:
         "over_fsdp": _geometric(ratios("fsdp", "hecate")),
         "rematerialized_slower": _geometric(ratios("rematerialized", "hecate")) ** -1,
         "kept_weights_over_ep": _geometric([c["weights"]["hecate"] / c["weights"]["ep"] for c in drawn]),
-        "rematerialized_weights_over_ep": _geometric([c["weights"]["rematerialized"] / c["weights"]["ep"] for c in drawn]),
+        "rematerialized_weights_over_ep": _geometric(
+            [c["weights"]["rematerialized"] / c["weights"]["ep"] for c in drawn]
+        ),
         "recorded_over_ep": _geometric(ratios("ep", "hecate", of="recorded")),
         "recorded_imbalance": recorded.imbalance,
         "recorded_skew": skew,
@@ -198,7 +200,13 @@ def _recorded(sizes: Sizes, seed: int) -> LoadTrace:
 def plot(record: Record, figure: Any) -> None:
     """Speed over expert parallelism by trace, and where the time of an iteration goes."""
     left, right = figure.subplots(1, 2)
-    names = {"faster": "FasterMoE", "smart": "SmartMoE", "flex": "FlexMoE", "papers_rule": "ours, nothing waits", "hecate": "ours"}
+    names = {
+        "faster": "FasterMoE",
+        "smart": "SmartMoE",
+        "flex": "FlexMoE",
+        "papers_rule": "ours, nothing waits",
+        "hecate": "ours",
+    }
     colours = {"faster": "0.55", "smart": "0.75", "flex": "0.35", "papers_rule": "navajowhite", "hecate": "tab:orange"}
     rows = [row["detail"]["cells"] for row in record["seeds"]]
     cells = list(rows[0])
@@ -233,31 +241,36 @@ CLAIM = Claim(
         "cost far less time than under expert parallelism, and less than with systems that move experts and their states."
     ),
     paper=(
-        "Over expert parallelism on 32 devices 1.34 to 1.78 times (100 Gb/s) and 1.26 to 1.70 times (400 Gb/s; figures 9 and 10); "
-        "sharding with copies 3.32 times sharding alone and 1.27 times copies alone (figure 15)."
+        "Over expert parallelism on 32 devices 1.34 to 1.78 times (100 Gb/s) and 1.26 to 1.70 times (400 Gb/s), figures 9 and 10; "
+        "sharding with copies 3.32 times sharding alone and 1.27 times copies alone, figure 15."
     ),
     metric=(
-        "Modelled seconds of an iteration of the paper's GPT-MoE-S on its two clusters, 32 devices, 8,192 tokens each; ratios are "
-        "geometric means over three degrees of unevenness and both clusters. Higher is better."
+        "Modelled seconds of an iteration of the paper's GPT-MoE-S on its two clusters, 32 devices, 8,192 tokens each; ratios "
+        "are geometric means over three degrees of unevenness and both clusters. Higher is better."
     ),
     baseline=(
-        "Plain expert parallelism; FasterMoE, SmartMoE and FlexMoE with the same dispatch to the nearest copy, their knobs tuned on "
-        "the first third of each trace, as ours are."
+        "Plain expert parallelism; FasterMoE, SmartMoE and FlexMoE with the same dispatch to the nearest copy, their knobs "
+        "tuned on the first third of each trace, as ours are."
     ),
     checks=(
         Check(figure="over_ep", at_least=1.7, why="over expert parallelism, copying only what no one waits for"),
         Check(figure="over_ep_least", at_least=1.2, over="every", why="the same, on the trace where it is least"),
-        Check(figure="over_rivals_least", at_least=1.03, over="every", why="over the best rival, on the trace where it is least"),
+        Check(
+            figure="over_rivals_least",
+            at_least=1.03,
+            over="every",
+            why="over the best rival, on the trace where it is least",
+        ),
         Check(figure="over_copies_alone", at_least=1.02, why="copies with sharding over copies alone"),
         Check(figure="over_sharding_alone", at_least=1.5, why="copies with sharding over sharding alone"),
     ),
     run=run,
     plot=plot,
     limits=(
-        "Modelled, not measured: links and devices are numbers, nothing but copies overlaps, and the rivals are our models of them. "
-        "Rivals get our dispatch to the nearest copy, which is the paper's own addition. By the paper's rule no copy is waited for; "
-        "against a well tuned FlexMoE that is too few (papers_rule_over_rivals, reported and not judged), and ours wins by copying "
-        "more and looking again after the gate, both knobs tuned like the rivals'. Loads recorded from a small decoder with a balance "
-        "loss are reported and not judged."
+        "Modelled, not measured: links and devices are numbers, nothing but copies overlaps, and the rivals are our models of "
+        "them. Rivals get our dispatch to the nearest copy, which is the paper's own addition. By the paper's rule no copy is "
+        "waited for; against a well tuned FlexMoE that is too few (papers_rule_over_rivals, reported and not judged), and ours "
+        "wins by copying more and looking again after the gate, both knobs tuned like the rivals'. Loads recorded from a small "
+        "decoder with a balance loss are reported and not judged."
     ),
 )

@@ -37,7 +37,9 @@ def plan(
     gpus: Annotated[int, typer.Option(min=1, help="Devices.")] = 8,
     memory: Annotated[float, typer.Option(help="Gigabytes (10^9) of one device.")] = 80.0,
     host: Annotated[float, typer.Option(help="Gigabytes of host memory a device, for states kept there.")] = 200.0,
-    cluster: Annotated[str, typer.Option(help="Links and speed: A (V100, 100 Gb/s), B (A100, 400 Gb/s), H100x8.")] = "H100x8",
+    cluster: Annotated[
+        str, typer.Option(help="Links and speed: A (V100, 100 Gb/s), B (A100, 400 Gb/s), H100x8.")
+    ] = "H100x8",
     tokens: Annotated[int, typer.Option(min=1, help="Tokens of a device and step.")] = 8192,
     capacity: Annotated[int, typer.Option(min=0, help="Copies of busy experts a device has room for, a layer.")] = 8,
     loads: Annotated[Path | None, typer.Option(help="Recorded loads, as --record writes them.")] = None,
@@ -230,9 +232,7 @@ def _time_table(times: dict[str, "SimReport"]) -> Table:
         table.add_column(name, justify="left" if name == "system" else "right")
     for system, report in times.items():
         cells = [f"{1e3 * seconds:,.1f}" for seconds in (*report.phases.values(), report.seconds)]
-        table.add_row(
-            NAMES[system], *cells, f"{times['ep'].seconds / report.seconds:.2f}", f"{report.imbalance:.2f}"
-        )
+        table.add_row(NAMES[system], *cells, f"{times['ep'].seconds / report.seconds:.2f}", f"{report.imbalance:.2f}")
     return table
 
 
@@ -240,7 +240,9 @@ def _advice(needs: dict[str, "Memory"], times: dict[str, "SimReport"], memory: f
     fitting = [form for form, need in needs.items() if need.device <= 1e9 * memory and need.host <= 1e9 * host]
     if not fitting:
         least = min(needs, key=lambda form: needs[form].device)
-        return f"Nothing fits; the least is {least} with {needs[least].device / 1e9:,.1f} GB a device. Take more devices."
+        return (
+            f"Nothing fits; the least is {least} with {needs[least].device / 1e9:,.1f} GB a device. Take more devices."
+        )
     words = f"Fits: {', '.join(fitting)}."
     if times:
         built = {"ep": "--parallel expert=N", "hecate": "--parallel hecate"}
@@ -264,6 +266,7 @@ def _figures(
         "imbalance": trace.imbalance,
         "memory": {form: {"device": need.device, "host": need.host, **need.parts} for form, need in needs.items()},
         "seconds": {
-            system: {"all": report.seconds, **report.phases, "knobs": dict(report.knobs)} for system, report in times.items()
+            system: {"all": report.seconds, **report.phases, "knobs": dict(report.knobs)}
+            for system, report in times.items()
         },
     }

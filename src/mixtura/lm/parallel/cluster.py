@@ -69,15 +69,9 @@ class Cluster:
 # A and B are the two of Hecate (2502.02581, sec. 5.1): 4 x 8 V100 on 100 Gb/s and 4 x 8 A100 on 400 Gb/s. A node's NVLink: half
 # the two-way figure of its makers. Operations: what large half-precision products sustain.
 PRESETS = {
-    "A": Cluster(
-        nodes=4, devices_per_node=8, inter_bw=12.5e9, intra_bw=150e9, flops=40e12, memory=32 * 2**30
-    ),
-    "B": Cluster(
-        nodes=4, devices_per_node=8, inter_bw=50e9, intra_bw=300e9, flops=120e12, memory=40 * 2**30
-    ),
-    "H100x8": Cluster(
-        nodes=1, devices_per_node=8, inter_bw=400e9, intra_bw=450e9, flops=450e12, memory=80 * 2**30
-    ),
+    "A": Cluster(nodes=4, devices_per_node=8, inter_bw=12.5e9, intra_bw=150e9, flops=40e12, memory=32 * 2**30),
+    "B": Cluster(nodes=4, devices_per_node=8, inter_bw=50e9, intra_bw=300e9, flops=120e12, memory=40 * 2**30),
+    "H100x8": Cluster(nodes=1, devices_per_node=8, inter_bw=400e9, intra_bw=450e9, flops=450e12, memory=80 * 2**30),
 }
 
 
@@ -167,9 +161,7 @@ class ModelShape:
         layers = read("num_hidden_layers")
         counts = read("num_experts", "num_local_experts", "n_routed_experts")
         per_layer = list(counts) if isinstance(counts, list | tuple) else [counts] * layers
-        dense = read("dense_layers", "mlp_only_layers", default=None) or range(
-            read("first_k_dense_replace", default=0)
-        )
+        dense = read("dense_layers", "mlp_only_layers", default=None) or range(read("first_k_dense_replace", default=0))
         for layer in dense:
             per_layer[layer] = 0
         if not any(per_layer):

@@ -43,7 +43,9 @@ class LoadTrace:
             raise ValueError(f"counts must have shape (T, L, E), none of them 0, got {counts.shape}")
         if (counts < 0).any():
             t, layer, e = np.argwhere(counts < 0)[0]
-            raise ValueError(f"counts must be >= 0, got {counts[t, layer, e]} at iteration {t}, layer {layer}, expert {e}")
+            raise ValueError(
+                f"counts must be >= 0, got {counts[t, layer, e]} at iteration {t}, layer {layer}, expert {e}"
+            )
         totals = counts.sum(-1)
         if (totals != totals[:, :1]).any():
             t, layer = np.argwhere(totals != totals[:, :1])[0]
@@ -81,7 +83,9 @@ class LoadTrace:
             rows: rows of an iteration and layer.
         """
         iterations, own, _ = self.counts.shape
-        shifted = [np.roll(self.counts[:, i % own], (i // own) * iterations // -(-layers // own), 0) for i in range(layers)]
+        shifted = [
+            np.roll(self.counts[:, i % own], (i // own) * iterations // -(-layers // own), 0) for i in range(layers)
+        ]
         return LoadTrace(_rounded(np.stack(shifted, 1).astype(np.float64), rows))
 
     def save(self, path: str | Path) -> None:

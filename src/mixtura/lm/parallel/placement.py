@@ -25,7 +25,16 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["LoadTracker", "Placement", "Topology", "assign_tokens", "check_owners", "homogeneous", "materialize", "shard"]
+__all__ = [
+    "LoadTracker",
+    "Placement",
+    "Topology",
+    "assign_tokens",
+    "check_owners",
+    "homogeneous",
+    "materialize",
+    "shard",
+]
 
 Placement: TypeAlias = Tensor  # bool (E, D)
 
@@ -171,7 +180,9 @@ def materialize(
 def _loads(load: Tensor | Sequence[float], n_experts: int) -> list[float]:
     expected = [float(value) for value in (load.tolist() if isinstance(load, Tensor) else load)]
     if len(expected) != n_experts or not all(0 <= value < float("inf") for value in expected):
-        raise ValueError(f"load must be {n_experts} finite numbers >= 0, got {expected[:8]}{' ...' * (len(expected) > 8)}")
+        raise ValueError(
+            f"load must be {n_experts} finite numbers >= 0, got {expected[:8]}{' ...' * (len(expected) > 8)}"
+        )
     return expected
 
 
@@ -262,7 +273,8 @@ def shard(loads: Tensor, *, overlap: int, topology: Topology, pad: bool = False)
     missing = -(n_layers * n_experts) % n_devices
     if missing and not pad:
         raise ValueError(
-            f"{n_layers} layers of {n_experts} experts do not divide over {n_devices} devices; {missing} dummies would do: pad=True"
+            f"{n_layers} layers of {n_experts} experts do not divide over {n_devices} devices; {missing} dummies would do: "
+            "pad=True"
         )
     free = [-(-n_layers * n_experts // n_devices)] * n_devices
     rows: list[list[float]] = loads.tolist()

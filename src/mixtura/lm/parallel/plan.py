@@ -96,7 +96,7 @@ def memory(
     mesh: ExpertMesh,
     form: str = "E+Z",
     *,
-    bytes: tuple[int, int, int] = (2, 2, 12),  # noqa: A002 (the word of the literature)
+    bytes: tuple[int, int, int] = (2, 2, 12),
     bucket: int = BUCKET,
     capacity: int = 0,
     rematerialize: bool = False,

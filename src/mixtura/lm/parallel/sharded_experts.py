@@ -164,9 +164,7 @@ class FullyShardedExperts(ParallelExperts):
         to_me_WH = to_me_WE[:, held.values]
         places = held.indices.repeat_interleave(to_me_WH.sum(0))
         by_slot = places.argsort(stable=True)
-        arrive, places = (
-            t[by_slot].to(flat.device) for t in (blocks_transposed(to_me_WH.unsqueeze(-1)), places)
-        )
+        arrive, places = (t[by_slot].to(flat.device) for t in (blocks_transposed(to_me_WH.unsqueeze(-1)), places))
         send, receive = mine_EW.sum(0).tolist(), to_me_WE.sum(1).tolist()
         group = self.mesh.group("world")
         rows = hidden_states.index_select(0, tokens_S).index_select(0, leave)
@@ -186,9 +184,9 @@ class FullyShardedExperts(ParallelExperts):
         group = self.mesh.group("world")
         if group is None:
             return counts_E.unsqueeze(0).cpu()
-        found = counts_E.new_empty(self.mesh.world * len(counts_E))
-        dist.all_gather_into_tensor(found, counts_E, group=group)
-        return found.view(self.mesh.world, -1).cpu()
+        found = [torch.empty_like(counts_E) for _ in range(self.mesh.world)]
+        dist.all_gather(found, counts_E, group=group)
+        return torch.stack(found).cpu()
 
     def _second_look(
         self, placement: Placement, transfer: Transfer, coming: dict[str, Arriving], load: Tensor, x_TD: Tensor

@@ -86,7 +86,11 @@ def simulate(
         copies = max(copies, plan.copy_bytes)
     n = n_iterations - skip
     per_layer = 3 * attention + sum(parts.values()) / n
-    phases = {"attention": 3 * attention * n_layers, **{k: float(v.sum()) / n for k, v in parts.items()}, "moves": moves / n}
+    phases = {
+        "attention": 3 * attention * n_layers,
+        **{k: float(v.sum()) / n for k, v in parts.items()},
+        "moves": moves / n,
+    }
     memory = {"states": policy.state_bytes(), "copies": copies}
     return SimReport(system, dict(knobs), sum(phases.values()), phases, per_layer, uneven / n, memory)
 

@@ -189,7 +189,9 @@ class Hecate(System):
 
     def _reshard(self, load: Floats) -> float:
         hot = self.overlap if self.copies else 0
-        owners = np.stack([p.numpy() for p in shard(torch.from_numpy(load), overlap=hot, topology=self.setting.cluster.topology)])
+        owners = np.stack(
+            [p.numpy() for p in shard(torch.from_numpy(load), overlap=hot, topology=self.setting.cluster.topology)]
+        )
         if (owners == self.owners).all():
             return 0.0
         weights = STATES / self.setting.shape.bytes
