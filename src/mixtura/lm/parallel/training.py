@@ -190,12 +190,13 @@ class ExpertParallel(Alone):
         return found
 
     def explained(self, error: RuntimeError, kept: str) -> RuntimeError | None:
-        said = str(error).strip().splitlines() or [type(error).__name__]
         if self._world is None or not LOST.search(str(error)):
             return None
+        # gloo puts a place in its sources before, and advice behind.
+        said = re.sub(r"^\[[^]]*\] |\.? This is typically.*", "", str(error).strip().splitlines()[0])
         return LostProcess(
             f"process {self.mesh.rank} lost another process of the training {kept}; the same command goes on from the last "
-            f"checkpoint ({said[0]})"
+            f"checkpoint ({said})"
         )
 
     def __str__(self) -> str:
