@@ -1,6 +1,5 @@
 """Two tiny decoders in float64 on which trainings over processes are compared."""
 
-
 import torch
 
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM

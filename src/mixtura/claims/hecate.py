@@ -241,7 +241,7 @@ CLAIM = Claim(
         "cost far less time than under expert parallelism, and less than with systems that move experts and their states."
     ),
     paper=(
-        "Over expert parallelism on 32 devices 1.34 to 1.78 times (100 Gb/s) and 1.26 to 1.70 times (400 Gb/s), figures 9 and 10; "
+        "Over expert parallelism on 32 devices 1.34 to 1.78 times (100 Gb/s) and 1.26 to 1.70 times (400 Gb/s), figures 9, 10; "
         "sharding with copies 3.32 times sharding alone and 1.27 times copies alone, figure 15."
     ),
     metric=(

@@ -16,6 +16,8 @@ Source: Hecate (2502.02581), sec. 4.
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -61,7 +63,9 @@ class FullyShardedExperts(ParallelExperts):
         experts: stacked experts, each parameter (E, ...); cut down to the owned ones in place.
         n_experts: E.
         mesh: of experts alone: no slices, no tensor axis.
-        overlap, capacity: see :func:`~mixtura.lm.parallel.placement.materialize`.
+        overlap, capacity: see :func:`~mixtura.lm.parallel.placement.materialize`. An overlap of None is measured in the first
+            passes: as many experts as ``bandwidth`` brings while the attention computes.
+        bandwidth: bytes a second between processes, for that.
         rematerialize: free copies between the passes.
         calibrate: machines as numbers; once the gate has spoken more copies are made if they gain more than they take.
 
@@ -76,15 +80,17 @@ class FullyShardedExperts(ParallelExperts):
         n_experts: int,
         mesh: ExpertMesh,
         *,
-        overlap: int,
+        overlap: int | None,
         capacity: int,
+        bandwidth: float = 0.0,
         rematerialize: bool = False,
         calibrate: Cluster | None = None,
         flights: Flights | None = None,
     ) -> None:
         self.owners = homogeneous(n_experts, mesh.world)
         super().__init__(experts, n_experts, mesh)
-        self.overlap, self.capacity = overlap, capacity
+        self.overlap, self.capacity = overlap or 0, capacity
+        self._measure = _Measure(bandwidth) if overlap is None else None
         self.rematerialize, self.calibrate = rematerialize, calibrate
         self.topology = Topology(mesh.world // mesh.node, mesh.node)
         self.placement = self.owners
@@ -121,6 +127,8 @@ class FullyShardedExperts(ParallelExperts):
         """Plan the copies of the coming pass, and start to send them. Collective; done anyway if nobody called it before."""
         if self._coming is not None:
             return
+        if self._measure is not None and self.training:
+            self._measure.begin()
         placement = self.owners
         expected = self.loads.estimate(0) if self.training else None
         if expected is not None:
@@ -139,6 +147,12 @@ class FullyShardedExperts(ParallelExperts):
         """x (T, D), experts (T, K) in [0, E], weights (T, K) -> (T, D); index E means nothing. Collective."""
         self.set_out()
         assert self._coming is not None
+        if self._measure is not None and self.training and self._measure.end():
+            chunk = sum(
+                getattr(self.local_experts, name)[:0].element_size() * self._size(name) for name in self.stacked
+            )
+            self.overlap = min(self.num_experts, self._measure.fits(chunk, self.mesh.group("world")))
+            self._measure = None
         (placement, transfer, coming), self._coming = self._coming, None
         k = top_k_index.shape[-1]
         flat = top_k_index.reshape(-1)
@@ -204,7 +218,7 @@ class FullyShardedExperts(ParallelExperts):
         )
         if more.equal(placement):
             return placement, transfer, coming
-        parameters = sum(getattr(self.local_experts, name).shape[1:].numel() for name in self.stacked)
+        parameters = sum(map(self._size, self.stacked))
 
         def seconds(held: Placement) -> float:
             rows = flow(held.numpy(), load.double().numpy(), cluster)
@@ -218,6 +232,10 @@ class FullyShardedExperts(ParallelExperts):
         for arriving in coming.values():
             arriving.wait()
         return more, *self._sent(self.owners, more)
+
+    def _size(self, name: str) -> int:
+        """Parameters of one expert under a name."""
+        return int(getattr(self.local_experts, name).shape[1:].numel())
 
     def _computed(self, rows: Tensor, places: Tensor, transfer: Transfer, coming: dict[str, Arriving]) -> Tensor:
         """Rows in the order of slots -> their results: through the own experts, then through the copies."""
@@ -297,6 +315,41 @@ def _moved(t: Tensor, leave: Tensor, send: list[int], receive: list[int], group:
     out = t.new_empty(sum(receive), *t.shape[1:])
     dist.all_to_all_single(out, rows, receive, send, group=group)
     return out
+
+
+class _Measure:
+    """How long a layer's attention takes, in its first passes."""
+
+    PASSES = 4  # the first of them warm up
+
+    def __init__(self, bandwidth: float):
+        self.bandwidth, self.seconds, self._began = bandwidth, list[float](), 0.0
+
+    def begin(self) -> None:
+        self._began = _now()
+
+    def end(self) -> bool:
+        """Whether enough was seen."""
+        self.seconds.append(_now() - self._began)
+        return len(self.seconds) == self.PASSES
+
+    def fits(self, chunk_bytes: int, group: Any) -> int:
+        """Experts that travel meanwhile, in the process where they are fewest. Collective."""
+        found = torch.tensor([min(self.seconds[self.PASSES // 2 :]) * self.bandwidth / chunk_bytes])
+        if group is not None:
+            found = found.to(_collective_device(group))
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
+        return int(found)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _collective_device(group: Any) -> str:
+    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
 
 
 class Copies:
@@ -398,8 +451,8 @@ def shard_experts(
     model: Model,
     mesh: ExpertMesh,
     *,
-    overlap: int,
-    capacity: int,
+    overlap: int | None = None,
+    capacity: int | None = None,
     rematerialize: bool = False,
     calibrate: Cluster | None = None,
 ) -> Model:
@@ -408,7 +461,8 @@ def shard_experts(
     Args:
         model: any whose experts :func:`mixtura.lm.anatomy.find_moe` finds stacked; the same in every process.
         mesh: made with ``expert`` as large as the world.
-        overlap, capacity: experts whose weights travel behind the attention, and copies a process has room for, a layer.
+        overlap: experts whose weights travel behind the attention; None: measured in the first passes.
+        capacity: copies a process has room for, a layer; None: what half of the free memory holds.
         rematerialize, calibrate: see :class:`FullyShardedExperts`.
     Returns:
         The model. Training it is :func:`~mixtura.lm.parallel.reduce_gradients` and an optimizer step, as with
@@ -417,7 +471,7 @@ def shard_experts(
         ValueError: no mixture layer, experts that the processes do not divide, slices or a tensor axis, negative numbers.
     """
     for name, value in (("overlap", overlap), ("capacity", capacity)):
-        if value < 0:
+        if value is not None and value < 0:
             raise ValueError(f"{name} must be >= 0, got {value}")
     if mesh.expert != mesh.world:
         raise ValueError(f"sharded experts need a mesh of experts alone, expert={mesh.world}; got {mesh.shape}")
@@ -430,13 +484,18 @@ def shard_experts(
         if block.n_experts % mesh.world:
             raise ValueError(f"{block.name}: {block.n_experts} experts do not divide over {mesh.world} processes")
     flights = Flights()
+    chunk = max(sum(p[0].numel() * p.element_size() for p in b.experts.parameters()) for b in blocks)
+    if capacity is None:
+        capacity = _room(chunk * (1 if rematerialize else len(blocks)), mesh)
+    bandwidth = _bandwidth(chunk, mesh) if overlap is None else 0.0
     for block in blocks:
         sharded = FullyShardedExperts(
             block.experts,
             block.n_experts,
             mesh,
             overlap=overlap,
-            capacity=capacity,
+            capacity=min(capacity, block.n_experts),
+            bandwidth=bandwidth,
             rematerialize=rematerialize,
             calibrate=calibrate,
             flights=flights,
@@ -445,6 +504,40 @@ def shard_experts(
         layer = model.get_submodule(block.name.rpartition(".")[0])
         layer.register_forward_pre_hook(lambda *_, sharded=sharded: sharded.set_out())
     return model
+
+
+def _room(slot_bytes: int, mesh: ExpertMesh) -> int:
+    """Copies a layer for which half of the free memory has room, weights and gradients, in the process with least. Collective."""
+    if torch.cuda.is_available():
+        free = torch.cuda.mem_get_info()[0]
+    else:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.node
+    return _least(free // 2 // (2 * slot_bytes), mesh)
+
+
+def _bandwidth(chunk_bytes: int, mesh: ExpertMesh) -> int:
+    """Bytes a second that a process receives while every one sends an expert to every other. Collective."""
+    group = mesh.group("world")
+    if group is None:
+        return 0
+    device = _collective_device(group)
+    sent = torch.zeros(mesh.world * chunk_bytes, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(3):
+        dist.barrier(group=group)
+        began = _now()
+        dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
+        seconds.append(_now() - began)
+    return _least(int((mesh.world - 1) * chunk_bytes / min(seconds)), mesh)
+
+
+def _least(value: int, mesh: ExpertMesh) -> int:
+    group = mesh.group("world")
+    if group is None:
+        return value
+    found = torch.tensor([value], device=_collective_device(group))
+    dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
+    return int(found)
 
 
 def sharded_layers(model: nn.Module) -> list[FullyShardedExperts]:

@@ -29,7 +29,7 @@ from mixtura.core.team import Alone
 from mixtura.lm.parallel.exchange import Plan
 from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts, parallelize_experts, single_name
 from mixtura.lm.parallel.gradients import clip_gradients, expert_rules, reduce_gradients
-from mixtura.lm.parallel.mesh import AXES, ExpertMesh, parse_layout, started_processes
+from mixtura.lm.parallel.mesh import AXES, ExpertMesh, make_mesh, parse_layout, started_processes
 
 __all__ = ["ExpertParallel", "LostProcess", "join"]
 
@@ -46,7 +46,8 @@ def join(layout: str, *, device: str = "cpu", plan: Plan = "direct") -> tuple[Ex
     """Meet the other processes that torchrun started, and take a place among them.
 
     Args:
-        layout: words for :func:`~mixtura.lm.parallel.mesh.parse_layout`.
+        layout: words for :func:`~mixtura.lm.parallel.mesh.parse_layout`, or ``hecate`` and what follows it
+            (:mod:`~mixtura.lm.parallel.sharded_training`).
         device: ``cpu``, or ``cuda`` for one device a process.
         plan: how rows travel.
     Returns:
@@ -55,12 +56,18 @@ def join(layout: str, *, device: str = "cpu", plan: Plan = "direct") -> tuple[Ex
         ValueError: a layout that does not fit the number of processes.
     """
     world = started_processes()
-    mesh = parse_layout(layout, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    sharded = layout.split(",")[0].strip() == "hecate"
+    mesh = make_mesh(world, node=node) if sharded else parse_layout(layout, world, node=node)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=TIMEOUT))
+    if sharded:
+        from mixtura.lm.parallel.sharded_training import Sharded  # which stands on this module
+
+        return Sharded.of(layout, mesh), device
     return ExpertParallel(mesh, plan=plan), device
 
 
