@@ -310,9 +310,9 @@ def _coordinated(table_PE: Tensor, mesh: ExpertMesh) -> tuple[list[Step], Tensor
 
 
 def _gathered(counts_E: Tensor, group: Group) -> Tensor:
-    found = counts_E.new_empty(dist.get_world_size(group) * len(counts_E))
-    dist.all_gather_into_tensor(found, counts_E.contiguous(), group=group)
-    return found.view(-1, len(counts_E))
+    found = [torch.empty_like(counts_E) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(found, counts_E.contiguous(), group=group)
+    return torch.stack(found)
 
 
 def _swapped_counts(table: Tensor, group: Group) -> Tensor:
