@@ -158,7 +158,8 @@ def train(
         str | None,
         typer.Option(
             help="How the processes that torchrun started share the work: expert=N (experts apart), data=N (copies of them), "
-            "slices=N, tensor=N; their product is the number of processes."
+            "slices=N, tensor=N; their product is the number of processes. Or hecate: every expert once, busy ones copied for a "
+            "step; hecate,capacity=N,overlap=N,reshard=N,free=1 by hand."
         ),
     ] = None,
     seed: Seed = 0,
@@ -178,6 +179,8 @@ def train(
         mixtura train out/moe --text book.txt --text notes/ --steps 200
 
         torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel expert=2,data=2
+
+        torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel hecate
 
         mixtura train out/moe --trainable router --steps 50 --out out/routed
 
