@@ -20,6 +20,7 @@ from mixtura.cli import (
     discover,
     lm,
     outliers,
+    plan,
     regress,
     search,
     separate,
@@ -64,6 +65,7 @@ solve_pde.add_to(app)
 classify.add_to(app)
 unmix.add_to(app)
 outliers.add_to(app)
+plan.add_to(app)
 separate.add_to(app)
 search.add_to(app)
 claims.add_to(app)
