@@ -34,6 +34,8 @@ __all__ = [
 class MixturaRMSNorm(nn.Module):
     """Norm of the last dimension, computed in float32: root mean square, optionally 1 + w, optionally mean and bias.
 
+    Wider input stays wide, which checks of one training against another need.
+
     Source: Zhang and Sennrich 2019 (1910.07467), eq. 4; LayerNorm: Ba et al. 2016 (1607.06450), eq. 4.
     """
 
@@ -46,14 +48,15 @@ class MixturaRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., width) -> (..., width), in the dtype that came."""
-        y = x.float()
+        y = x if x.dtype == torch.float64 else x.float()
         if self.kind == "layer":
             y = y - y.mean(-1, keepdim=True)
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         if self.weight is not None:
-            y = y * (1.0 + self.weight.float() if self.kind == "rms_plus_one" else self.weight.float())
+            weight = self.weight.to(y.dtype)
+            y = y * (1.0 + weight if self.kind == "rms_plus_one" else weight)
         if self.bias is not None:
-            y = y + self.bias.float()
+            y = y + self.bias.to(y.dtype)
         return y.to(x.dtype)
 
 
