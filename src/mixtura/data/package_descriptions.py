@@ -14,7 +14,6 @@ import gzip
 import logging
 import lzma
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -23,6 +22,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mixtura.core.cache import cache_directory
 from mixtura.core.checkpoint import atomic_directory
@@ -107,23 +108,24 @@ def debian_descriptions(
     return {language: found[language] for language in dict.fromkeys(languages)}
 
 
-def description_corpora(languages: Sequence[str], *, characters: int, seed: int) -> dict[str, Corpus]:
+def description_corpora(
+    languages: Sequence[str], *, characters: int, seed: int, folder: str | Path | None = None
+) -> dict[str, Corpus]:
     """Package descriptions as text to learn from, short line and long one, shuffled and cut to a size.
 
     Args:
         languages: codes of :data:`LANGUAGES`; those asked for and no others come back.
         characters: of each language; the document that passes it is kept whole.
         seed: order of the documents.
+        folder: as in :func:`debian_descriptions`.
     Raises:
         ValueError, MissingData: as :func:`debian_descriptions`.
     """
     corpora = {}
-    for language, entries in debian_descriptions(languages).items():
+    for language, entries in debian_descriptions(languages, folder=folder).items():
         documents = sorted({f"{entry.short}\n{entry.long}" for entry in entries})
-        order = list(range(len(documents)))
-        random.Random(seed).shuffle(order)
         kept, total = [], 0
-        for i in order:
+        for i in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
             if total >= characters:
                 break
             kept.append(documents[i])
