@@ -341,14 +341,14 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "A window of five tokens, 64 wide, four blocks: the layers are the paper's, the model is not, since a small transformer "
-        "still sits in its early plateau after a few hundred steps. Experts in the first half of the blocks are ahead of those in "
-        "the second half here (loss_first_half, loss_second_half), the reverse of the paper's figure 2, because the first block "
-        "sees the raw tokens: reported, at the rate of MoE-16, and not judged. The paper stops the teacher because a student "
-        "without spare capacity trades its own loss for imitation. Students of 750 steps are far from their capacity, and their "
-        "teacher has seen three times as much: the stop is judged all the same, and all four stops stand in the plot. Latency is "
-        "modelled as the parameters that a step reads, measured from the routing of held-out text, at one bandwidth; nothing is "
-        "timed. The student is compared with MoE-16 in loss as well (student_behind_16), but it had a teacher and MoE-16 had none. "
-        "Rates are chosen after 200 steps. No GPU run was made."
+        "A window of five tokens, 64 wide, four blocks: the layers are the paper's, the model is not, since a small "
+        "transformer still sits in its early plateau after a few hundred steps. In which half of the blocks experts help "
+        "more (loss_first_half, loss_second_half, at the rate of MoE-16) is reported and not judged: the first block of a "
+        "window model sees the raw tokens, and figure 2 is about deep transformers. The paper stops the teacher because a "
+        "student without spare capacity trades its own loss for imitation. Students of 750 steps are far from their "
+        "capacity, and their teacher has seen three times as much; the stop is judged all the same, and all four stops "
+        "stand in the plot. Latency is modelled as the parameters that a step reads, by the routing of held-out text, at "
+        "one bandwidth; nothing is timed. The student is compared with MoE-16 in loss as well (student_behind_16), but it "
+        "had a teacher and MoE-16 had none. Rates are chosen after 200 steps. No GPU run was made."
     ),
 )
