@@ -199,7 +199,8 @@ def _recorded(sizes: Sizes, seed: int) -> LoadTrace:
 
 def plot(record: Record, figure: Any) -> None:
     """Speed over expert parallelism by trace, and where the time of an iteration goes."""
-    left, right = figure.subplots(1, 2)
+    figure.set_size_inches(11.0, 4.2)
+    left, right = figure.subplots(1, 2, width_ratios=(1.6, 1.0))
     names = {
         "faster": "FasterMoE",
         "smart": "SmartMoE",
@@ -220,7 +221,8 @@ def plot(record: Record, figure: Any) -> None:
     left.set_xticks(range(len(cells)), [c.replace(" ", "\n") for c in cells], fontsize=7)
     left.set_xlabel("cluster and unevenness of the loads")
     left.set_ylabel("times as fast as expert parallelism (modelled)")
-    left.legend(fontsize=6)
+    left.set_ylim(top=1.2 * left.get_ylim()[1])
+    left.legend(fontsize=7, ncols=5, loc="upper center", frameon=False, columnspacing=1.0)
     cell = rows[0]["A 1"]
     bottom = [0.0] * 5
     systems = ["ep", "faster", "flex", "papers_rule", "hecate"]
@@ -231,7 +233,7 @@ def plot(record: Record, figure: Any) -> None:
         bottom = [b + v for b, v in zip(bottom, values, strict=True)]
     right.set_xticks(range(5), ["EP", "Faster", "Flex", "ours,\nno wait", "ours"], fontsize=7)
     right.set_ylabel("milliseconds an iteration (cluster A, skew 1)")
-    right.legend(fontsize=6)
+    right.legend(fontsize=7)
 
 
 CLAIM = Claim(
