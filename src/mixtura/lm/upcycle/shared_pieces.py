@@ -170,7 +170,7 @@ def _joined(parts: Sequence[Routing]) -> Routing:
 
 
 def _norms(block: MoEBlock, x_TD: Tensor) -> Tensor:
-    """Norm of what each piece's weights write for each token, shape (T, E); an output bias, which all share, is left out."""
+    """Norm of what each piece would write for each token, its output bias included, shape (T, E)."""
     experts: Any = block.experts
     own = dict(experts.named_parameters())
     up = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
@@ -182,7 +182,8 @@ def _norms(block: MoEBlock, x_TD: Tensor) -> Tensor:
             inner = experts.act_fn(gate) * inner
         else:
             inner = experts.act_fn(inner)
-        norms.append(F.linear(inner, own["down_proj"][e]).float().norm(dim=-1))
+        written = F.linear(inner, own["down_proj"][e], own["down_proj_bias"][e] if "down_proj_bias" in own else None)
+        norms.append(written.float().norm(dim=-1))
     return torch.stack(norms, dim=1)
 
 
@@ -193,7 +194,7 @@ def _changes(block: MoEBlock, choice: Choice, *, doubled: bool) -> dict[str, Ten
     own = dict(block.experts.named_parameters())
     for name, stack in own.items():
         kept = stack[choice.kept]
-        found[f"{block.experts_name}.{name}"] = kept * choice.factor if name == "down_proj" else kept
+        found[f"{block.experts_name}.{name}"] = kept * choice.factor if name.startswith("down_proj") else kept
     up = "gate_up_proj" if "gate_up_proj" in own else "up_proj"
     halves = ("gate_proj", "up_proj") if up == "gate_up_proj" else ("up_proj",)
     rows: dict[str, Tensor] = {}
@@ -210,6 +211,7 @@ def _changes(block: MoEBlock, choice: Choice, *, doubled: bool) -> dict[str, Ten
         found[f"{prefix}.{name}"] = torch.cat((there[name], value)) if there else value
     name = "down_proj.weight"
     found[f"{prefix}.{name}"] = torch.cat((there[name], down), dim=1) if there else down
-    if "down_proj_bias" in own:  # the gates of the others sum to 1 as before, so the bias stays with them
-        found[f"{prefix}.down_proj.bias"] = there.get("down_proj.bias", down.new_zeros(len(down))).clone()
+    if "down_proj_bias" in own:
+        bias = (own["down_proj_bias"][choice.shared] * c[:, None]).sum(0)
+        found[f"{prefix}.down_proj.bias"] = there["down_proj.bias"] + bias if there else bias
     return found
