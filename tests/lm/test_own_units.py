@@ -157,7 +157,7 @@ def test_the_door_makes_half_of_the_units_active():
         (
             {"split": 5},
             ValueError,
-            "split must be at least 2 and divide the 48 hidden units of LlamaForCausalLM, got 5",
+            "split must be at least 2 and divide the 48 hidden units, got 5",
         ),
         ({"split": 1}, ValueError, "split must be at least 2"),
         ({"shared": 8}, ValueError, "shared must be between 0 and split - 1 = 7"),

@@ -40,7 +40,7 @@ def upcycle_units(
     if samples < 1:
         raise ValueError(f"--samples must be at least 1, got {samples}")
     config = loading.load_config(sources[0])
-    size = cost.model_size(loading.empty_model(config))
+    size = _size(config, options)
     domains = domains_of(text)
     # What every feed-forward part reads is held in float32.
     extra = 2 * size.total + 4 * samples * length * config.hidden_size * config.num_hidden_layers
@@ -89,3 +89,17 @@ def upcycle_units(
         f"{out}: {type(mixture).__name__}, {size.total / 1e6:.1f} M parameters, {size.active / 1e6:.1f} M active a token; "
         f"train it: mixtura train {out}"
     )
+
+
+def _size(config: Any, options: Mapping[str, Any]) -> cost.Size:
+    """Parameters of the mixture, all and active; wrong numbers of blocks are refused here, before anything is read."""
+    from mixtura.lm.families import FAMILIES
+    from mixtura.lm.model import MixturaConfig
+    from mixtura.lm.upcycle.own_units import half_active, mixture_config
+
+    if config.model_type not in FAMILIES:  # refused when it is read
+        return cost.model_size(loading.empty_model(config))
+    split, shared = options["segments"], options["shared"]
+    active = options.get("top_k", half_active(split, shared))
+    dense = MixturaConfig(**FAMILIES[config.model_type].fields(config))
+    return cost.model_size(loading.empty_model(mixture_config(dense, split=split, active=active, shared=shared)))

@@ -11,7 +11,7 @@ from mixtura.lm.families import native_family
 from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
 from mixtura.lm.upcycle.branch_train_mix import to_standard
 from mixtura.lm.upcycle.copies import CopyConfig, copies
-from mixtura.lm.upcycle.own_units import from_dense
+from mixtura.lm.upcycle.own_units import from_dense, half_active
 from mixtura.lm.upcycle.pyramid import PyramidConfig
 from mixtura.lm.upcycle.pyramid import convert as pyramid
 
@@ -122,7 +122,7 @@ def _own_units(
         raise ValueError(
             f"own-units makes segments - shared experts: n_experts must be {split - shared} or left out, got {n_experts}"
         )
-    active = max(split // 2 - shared, 1) if top_k is None else top_k
+    active = half_active(split, shared) if top_k is None else top_k
     return from_dense(model, split=split, active=active, generator=torch.Generator().manual_seed(seed), **options)
 
 

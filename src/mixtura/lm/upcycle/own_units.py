@@ -34,7 +34,7 @@ from mixtura.lm.model import MixturaConfig
 from mixtura.lm.upcycle.stack import Slices, feed_forward, is_expert, shared_feed_forward
 from mixtura.lm.upcycle.unit_groups import unit_order
 
-__all__ = ["block_norms", "fit_router", "from_dense", "mixture_config"]
+__all__ = ["block_norms", "fit_router", "from_dense", "half_active", "mixture_config"]
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def from_dense(
         (7, 3, 6)
     """
     dense = read_dense(model)
-    ours = mixture_config(dense, split=split, active=active, shared=shared, balance=balance)
+    ours = mixture_config(dense.config, split=split, active=active, shared=shared, balance=balance)
     if spread <= 0:
         raise ValueError(f"spread must be above 0, got {spread}")
     inputs = _inputs(dense, batches)
@@ -123,22 +123,29 @@ def from_dense(
     )
 
 
-def mixture_config(dense: Dense, *, split: int, active: int, shared: int, balance: float = 0.01) -> MixturaConfig:
+def half_active(split: int, shared: int) -> int:
+    """Routed blocks that make half of all blocks active together with the shared ones; at least one."""
+    return max(split // 2 - shared, 1)
+
+
+def mixture_config(
+    dense: MixturaConfig, *, split: int, active: int, shared: int, balance: float = 0.01
+) -> MixturaConfig:
     """The dense decoder's config with its feed-forward parts cut into blocks.
 
     Raises:
         ValueError: the number that does not fit, with what would.
     """
-    hidden = dense.config.intermediate_size
+    hidden = dense.intermediate_size
     if split < 2 or hidden % split:
-        raise ValueError(f"split must be at least 2 and divide the {hidden} hidden units of {dense.name}, got {split}")
+        raise ValueError(f"split must be at least 2 and divide the {hidden} hidden units, got {split}")
     if not 0 <= shared < split:
         raise ValueError(
             f"shared must be between 0 and split - 1 = {split - 1} (one block has to be routed), got {shared}"
         )
     if not 1 <= active <= split - shared:
         raise ValueError(f"active must be between 1 and split - shared = {split - shared}, got {active}")
-    ours = copy.deepcopy(dense.config)
+    ours = copy.deepcopy(dense)
     ours.num_experts, ours.num_experts_per_tok = split - shared, active
     ours.moe_intermediate_size = hidden // split
     ours.shared_expert_intermediate_size = shared * hidden // split
