@@ -269,3 +269,35 @@ def test_the_router_finds_the_blocks_that_write_most():
     assert (logits_TE.argmax(1) == norms.argmax(1)).float().mean() > 0.95
     centred = logits_TE - logits_TE.mean(1, keepdim=True)
     assert float(centred.square().mean().sqrt()) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_half_of_the_units_say_more_when_grouped_by_what_fires_together():
+    generator = seeded(7)
+    width, units, topics = 32, 96, 6
+    directions = torch.linalg.qr(torch.randn(width, width, generator=generator)).Q[: topics + 1]
+    topic_of = torch.randint(topics, (units,), generator=generator)
+    always = torch.rand(units, generator=generator) < 0.25
+    gate = torch.where(always[:, None], directions[topics], directions[topic_of]) * 4.0
+    down = torch.randn(width, units, generator=generator)
+
+    def texts(n):
+        topic = torch.randint(topics, (n,), generator=generator)
+        return 2.0 * (directions[topic] + directions[topics]) + 0.1 * torch.randn(n, width, generator=generator)
+
+    def lost(order, seen, asked, shared):
+        """Share of the output's energy that is missing with half of the blocks active, the router fitted on other tokens."""
+        a, d = torch.relu(seen @ gate.T)[:, order], down[:, order]
+        rows = fit_router(seen, block_norms(a, d, 12)[:, shared:], spread=0.1)
+        chosen = (asked @ rows.T).topk(6 - shared, dim=1).indices
+        on = torch.zeros(len(asked), 12 - shared).scatter(1, chosen, 1.0)
+        on = torch.cat((torch.ones(len(asked), shared), on), dim=1).repeat_interleave(units // 12, dim=1)
+        inner = torch.relu(asked @ gate.T)[:, order]
+        return float(((inner * (1 - on)) @ d.T).square().sum() / (inner @ d.T).square().sum())
+
+    seen, asked = texts(400), texts(200)
+    activations = torch.relu(seen @ gate.T)
+    ours = unit_order(activations, down, split=12, shared=3, generator=generator)
+    apart = unit_order(activations, down, split=12, shared=0, generator=generator)  # no block is always on
+    chance = torch.randperm(units, generator=generator)
+    assert lost(ours, seen, asked, 3) < 0.1 * lost(chance, seen, asked, 3)
+    assert lost(apart, seen, asked, 0) < 0.1 * lost(chance, seen, asked, 0)
