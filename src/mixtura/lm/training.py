@@ -138,7 +138,7 @@ def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0
                 per=getattr(config, "balance_per", "batch"),
             )
             loss = loss + even / len(routings)
-        if z:
+        if z and getattr(config, "router", "linear") == "linear":
             loss = loss + z / len(routings) * router_z_loss(routing.logits.float())
     return loss
 

@@ -75,6 +75,7 @@ def why_not(family: str, config: MixturaConfig) -> str | None:
         "attention experts": config.attention == "mixture",
         "latent attention": config.attention == "latent" and family != "deepseek_v2",
         "a dense feed-forward part": config.num_experts == 0,
+        "a router that reads sparsity": config.router != "linear",
         "some dense layers": bool(config.dense_layers) and family not in DENSE_LAYERS,
         "a parallel block": config.block != "sequential",
         "norms with a bias": config.norm_bias,

@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention_kv": ("expert", "shared"),
     "attention_routing": ("soft", "top1", "top2"),
     "balance_per": ("batch", "sequence"),
+    "router": ("linear", "sparsity"),
+    "router_statistics": ("diagonal", "full"),
 }
 
 
@@ -45,6 +47,9 @@ class MixturaConfig(PreTrainedConfig):
         moe_intermediate_size: hidden units an expert; 0 for ``intermediate_size``.
         shared_expert_intermediate_size: hidden units of a feed-forward part that every token visits; 0 for none.
         dense_layers: layers that keep a dense feed-forward part.
+        router: ``linear`` (learned), or ``sparsity``: no parameters, a token visits the experts that would fire the fewest hidden
+            units on it (MoE-X; with ``hidden_act="relu"`` it means that exactly). Its scores are bounded, so they get no z loss.
+        router_statistics: of the sparsity router; see :mod:`mixtura.core.sparsity_gate`.
         attention: ``full``; ``latent``: keys and values come out of one short vector a token, which is what the cache holds
             (DeepSeek-V2); or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
         attention_kv: ``expert``: keys and values of each attention's own; ``shared``: one set.
@@ -101,6 +106,8 @@ class MixturaConfig(PreTrainedConfig):
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
     dense_layers: list[int] | None = None
+    router: str = "linear"
+    router_statistics: str = "diagonal"
     attention: str = "full"
     attention_experts: int = 1
     attention_kv: str = "expert"
@@ -149,6 +156,8 @@ def _check(config: MixturaConfig) -> None:
         )
     if config.shared_expert_intermediate_size and not config.num_experts:
         raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
+    if config.router == "sparsity" and not (config.num_experts and config.norm_topk_prob):
+        raise ValueError("router='sparsity' needs num_experts, and norm_topk_prob=True: its weights are a softmax of the chosen")
     if config.attention_experts < 1:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:

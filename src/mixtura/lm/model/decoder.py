@@ -278,6 +278,8 @@ def routing_loss(
             per=cast(BalancePer, config.balance_per),
             mask=mask_BL,
         )
+        if config.router == "sparsity":  # bounded already, and smaller scores would mean more active units
+            continue
         seen_TE = logits_TE if mask_BL is None else logits_TE[mask_BL.reshape(-1)]
         total = total + config.router_z_loss_coef * router_z_loss(seen_TE)
     return total

@@ -7,6 +7,8 @@ The block of experts speaks transformers' own interface, so everything that unde
 ``config._experts_implementation``.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from mixtura.core.gates import top_k
+from mixtura.core.sparsity_gate import SparsityAwareGate, Statistics
 from mixtura.lm.model.config import MixturaConfig
 
 __all__ = [
@@ -22,6 +25,8 @@ __all__ = [
     "MixturaRMSNorm",
     "MixturaRouter",
     "Mlp",
+    "SparsityRouter",
+    "inner_weights",
     "make_experts",
     "make_feed_forward",
     "make_norm",
@@ -97,6 +102,24 @@ class MixturaRouter(nn.Module):
         return logits_TE, routing.weights.to(x.dtype), routing.indices
 
 
+class SparsityRouter(MixturaRouter):
+    """Router without parameters: the experts that would fire the fewest hidden units on a token; reads the experts' weights.
+
+    Source: MoE-X (2503.07639), eq. 9-11.
+    """
+
+    def __init__(self, config: MixturaConfig):
+        nn.Module.__init__(self)
+        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.norm_topk_prob = True
+        self.sparsity = SparsityAwareGate(self.top_k, statistics=cast(Statistics, config.router_statistics))
+
+    def forward(self, x: Tensor, up: Tensor, up_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """x (..., D), experts' input matrices (E, H, D) and biases (E, H) -> scores (T, E), weights and indices (T, K)."""
+        routing = self.sparsity(x, up, up_bias)
+        return routing.logits, routing.weights.to(x.dtype), routing.indices
+
+
 class Experts(nn.Module):
     """Stacked feed-forward experts: ``gate_up_proj`` (E, 2H, D) or ``up_proj`` (E, H, D), ``down_proj`` (E, D, H).
 
@@ -168,6 +191,20 @@ class PlainBiasExperts(Experts):
     gated, bias = False, True
 
 
+def inner_weights(experts: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """What decides whether a hidden unit fires: input matrices (E, H, D) and biases (E, H); of gated experts the gate's.
+
+    Raises:
+        ValueError: experts whose matrices are not stacked as they are, such as packed ones.
+    """
+    for name in ("gate_up_proj", "up_proj"):
+        up, bias = getattr(experts, name, None), getattr(experts, f"{name}_bias", None)
+        if isinstance(up, Tensor):
+            rows = up.shape[1] // (2 if name == "gate_up_proj" else 1)
+            return up[:, :rows], None if bias is None else bias[:, :rows]
+    raise ValueError(f"{type(experts).__name__} holds no stacked matrices that a sparsity-aware router could read")
+
+
 def make_experts(config: MixturaConfig) -> Experts:
     """The experts class of the config's feed-forward layout."""
     layouts: dict[tuple[bool, bool], type[Experts]] = {
@@ -184,7 +221,7 @@ class ExpertsBlock(nn.Module):
 
     def __init__(self, config: MixturaConfig):
         super().__init__()
-        self.gate = MixturaRouter(config)
+        self.gate = SparsityRouter(config) if config.router == "sparsity" else MixturaRouter(config)
         self.experts = make_experts(config)
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Mlp(config, shared) if shared else None
@@ -192,7 +229,8 @@ class ExpertsBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, indices_TK = self.gate(x_TD)
+        reads = inner_weights(self.experts) if isinstance(self.gate, SparsityRouter) else ()
+        _, weights_TK, indices_TK = self.gate(x_TD, *reads)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
             y_TD = y_TD + self.shared_expert(x_TD)

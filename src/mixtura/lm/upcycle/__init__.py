@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.branch_train_mix import average, to_standard
     from mixtura.lm.upcycle.copies import CopyConfig
     from mixtura.lm.upcycle.segments import segment
+    from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = [
     "METHODS",
     "BranchAttendConfig",
     "CopyConfig",
+    "WideCopyConfig",
     "average",
     "branch",
     "mix",
@@ -21,6 +23,7 @@ __all__ = [
     "to_standard",
     "upcycle",
     "vocabularies_agree",
+    "wide_copies",
 ]
 
 _HOMES = {
@@ -29,6 +32,7 @@ _HOMES = {
     "branch_train_mix": ("average", "to_standard"),
     "copies": ("CopyConfig",),
     "segments": ("segment",),
+    "wide_copies": ("WideCopyConfig", "wide_copies"),
 }
 
 

@@ -11,17 +11,18 @@ from mixtura.lm.families import native_family
 from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
 from mixtura.lm.upcycle.branch_train_mix import to_standard
 from mixtura.lm.upcycle.copies import CopyConfig, copies
+from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = ["METHODS", "upcycle"]
 
-METHODS = ("copy", "fine-grained", "branch-attend-mix", "branch-train-mix")
+METHODS = ("copy", "fine-grained", "interpretable", "branch-attend-mix", "branch-train-mix")
 Model: TypeAlias = PreTrainedModel | str | Path
 
 
 def upcycle(
     model_or_models: Model | Sequence[Model] | Mapping[str, Model],
     *,
-    method: Literal["copy", "fine-grained", "branch-attend-mix", "branch-train-mix"] = "copy",
+    method: Literal["copy", "fine-grained", "interpretable", "branch-attend-mix", "branch-train-mix"] = "copy",
     n_experts: int | None = None,
     top_k: int | None = None,
     seed: int = 0,
@@ -34,6 +35,7 @@ def upcycle(
     =====================  ==================================================================================================
     ``copy``               one model; every expert a copy of the feed-forward part; computes what the dense model computed
     ``fine-grained``       the same, each copy cut into ``segments`` experts, ``shared`` of them always on
+    ``interpretable``      one model; random parts of its feed-forward layer as ReLU experts, routed by how few units would fire
     ``branch-attend-mix``  several models; feed-forward parts and attentions become experts, the rest is averaged
     ``branch-train-mix``   several models; feed-forward parts become experts, attention is averaged too
     =====================  ==================================================================================================
@@ -45,7 +47,8 @@ def upcycle(
         n_experts: copies (default 8). The ``branch`` methods have one expert a model, and take no other number.
         top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, and 1 for the ``branch`` methods.
         seed: draws routers and noise.
-        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig` or, for the ``branch`` methods, of
+        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig`, for ``interpretable`` of
+            :class:`~mixtura.lm.upcycle.wide_copies.WideCopyConfig` or, for the ``branch`` methods, of
             :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`.
     Returns:
         A native transformers family where one has the structure (Mixtral, Qwen2-MoE, Qwen3-MoE, FlexOlmo, OLMoE), else
@@ -71,6 +74,10 @@ def upcycle(
         raise TypeError(
             f"method={method!r} takes one model, got {type(model_or_models).__name__}; use branch-attend-mix"
         )
+    if method == "interpretable":
+        _check_options(WideCopyConfig, options, method)
+        counts = {"n_experts": 8 if n_experts is None else n_experts, "top_k": 2 if top_k is None else top_k}
+        return wide_copies(model_or_models, WideCopyConfig(**counts, seed=seed, **options))
     if method == "copy" and (extra := {"segments", "shared"} & set(options)):
         raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")
     if method == "fine-grained":
