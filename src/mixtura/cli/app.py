@@ -18,6 +18,7 @@ from mixtura.cli import (
     convert,
     demo,
     discover,
+    explain,
     lm,
     outliers,
     regress,
@@ -34,6 +35,7 @@ EXTRAS = {
     "PIL": "vision",
     "Stemmer": "search",
     "bm25s": "search",
+    "chess": "chess",
     "pandas": "density",
     "pyarrow": "density",
     "sklearn": "density",
@@ -56,6 +58,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+explain.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)

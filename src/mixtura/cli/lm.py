@@ -28,6 +28,7 @@ class UpcycleMethod(StrEnum):
 
     copy = "copy"
     fine_grained = "fine-grained"
+    interpretable = "interpretable"
     branch_attend_mix = "branch-attend-mix"
     branch_train_mix = "branch-train-mix"
 
@@ -86,7 +87,7 @@ def upcycle(
         ),
     ],
     method: Annotated[UpcycleMethod, typer.Option(help="How experts are made of dense models.")] = UpcycleMethod.copy,
-    experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained).")] = 8,
+    experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained, interpretable).")] = 8,
     top_k: Annotated[int, typer.Option(help="Experts that each token visits.")] = 2,
     segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
     shared_kv: Annotated[
@@ -99,7 +100,8 @@ def upcycle(
     """Turn dense checkpoints into one mixture of experts.
 
     `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
-    `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
+    `fine-grained` cuts the copies into smaller experts. `interpretable` makes sparse ReLU experts of random halves of the layer,
+    whose units `mixtura explain` reads; it wants a model without gated feed-forward parts, and training. `branch-attend-mix` makes experts of several specialists,
     feed-forward and attention; `branch-train-mix` averages their attention instead.
 
     Examples:
@@ -113,7 +115,7 @@ def upcycle(
     if len(sources) < 2:
         raise ValueError("upcycle needs at least one source and, last, the directory to write: mixtura upcycle SRC DST")
     options: dict[str, Any] = {"top_k": top_k, "seed": seed}
-    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained):
+    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained, UpcycleMethod.interpretable):
         options["n_experts"] = experts
     if method is UpcycleMethod.fine_grained:
         options["segments"] = segments
