@@ -37,8 +37,9 @@ def upcycle(
     dense = cost.model_size(loading.empty_model(loading.load_config(sources[0])))
     copies = options.get("n_experts", len(sources))
     # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
-    total = round(dense.total * (1 + 0.67 * (copies - 1)))
-    active = round(dense.total * (1 + 0.67 * (options["top_k"] - 1)))
+    share = 0.5 if method == "interpretable" else 1.0  # of the feed-forward part that an expert holds
+    total = round(dense.total * (1 + 0.67 * (share * copies - 1)))
+    active = round(dense.total * (1 + 0.67 * (share * options["top_k"] - 1)))
     say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(cost.Size(total, active), forward_tokens=0)}")
     if dry_run:
         return
