@@ -3,8 +3,9 @@
     python benchmarks/wide_sparse_layer.py            # writes docs/benchmarks/wide_sparse_layer.json
     python benchmarks/wide_sparse_layer.py --busy     # one thread and processor time, for a machine with other tenants
 
-Width 512, 8 experts of 1,024 hidden units, 2 a token, 2,048 tokens, float32. The peer is the same experts behind a linear router in
-transformers' own expert engines, first shown to compute the same. The probe reads 5,000 positions x 1,536 units x 768 properties.
+Width 512, 8 experts of 1,024 hidden units, 2 a token, 2,048 tokens, float32. The peer is the same experts behind a linear
+router in transformers' own expert engines, first shown to compute the same. The probe reads 5,000 positions x 1,536 units x
+768 properties.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ history = train(model, tokenizer, text.train, steps=300, batch_size=8, length=12
 print(f"loss {history.losses[0]:.2f} -> {history.losses[-1]:.2f} nats a token")
 
 report = unit_report(model, tokenizer, text.held_out + text.train, samples=64, length=128)
-print(f"{report.per_token:.0f} of {report.n_experts * report.hidden} units fire on a token; rules get {report.score:.0%} right")
+print(
+    f"{report.per_token:.0f} of {report.n_experts * report.hidden} units fire on a token; rules get {report.score:.0%} right"
+)
 for expert in report.experts:
     best = expert.units[0].rule if expert.units else None
     shown = f"unit {best.unit} fires on {best.explanation} ({best.score:.0%})" if best else "no unit to show"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from mixtura.claims import _moe_x_decoders as decoders
 from mixtura.claims import moe_x as claim
-from mixtura.claims import moe_x_decoders as decoders
 from mixtura.data.superposed_concepts import SuperposedConcepts
 from mixtura.lm.cost import model_size
 from mixtura.lm.wide_sparse import WideSparseMoE
@@ -36,7 +36,9 @@ def test_all_layers_start_with_matrices_of_one_size():
 def test_all_decoders_have_equal_active_parameters_but_for_a_learned_gate_and_output_biases(scale):
     sizes = claim.SIZES[scale].chess
     rows = decoders.Rows(*[torch.zeros(1, 2, dtype=torch.int64)] * 4, vocabulary=30, padded=True)
-    found = {n: model_size(decoders._decoder(sizes, rows, n, 0)).active for n in decoders.DECODERS if n != "moe_x_upcycled"}
+    found = {
+        n: model_size(decoders._decoder(sizes, rows, n, 0)).active for n in decoders.DECODERS if n != "moe_x_upcycled"
+    }
     extra = {"switch", "relu_only"}
     gate, bias = sizes.layers * 8 * sizes.width, sizes.layers * sizes.width
     assert found["dense_gelu"] == found["dense_relu"]

@@ -37,7 +37,12 @@ def test_a_dense_model_is_made_readable_trained_and_explained(here, neox, text, 
     assert done.returncode == 0, done.stderr
     assert "loads after `import mixtura`, and vLLM cannot serve it" in done.stdout
     config = AutoModelForCausalLM.from_pretrained(tmp_path / "wide").config
-    assert (config.router, config.hidden_act, config.num_experts, config.moe_intermediate_size) == ("sparsity", "relu", 4, 64)
+    assert (config.router, config.hidden_act, config.num_experts, config.moe_intermediate_size) == (
+        "sparsity",
+        "relu",
+        4,
+        64,
+    )
     trained = here("train", "wide", "--text", text, "--steps", 3, "--length", 32, "--out", "read", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     options = ("--text", text, "--samples", 4, "--length", 64, "--units", 3, "--report", "u.html")

@@ -123,10 +123,15 @@ def test_kept_statistics_follow_the_weights(monkeypatch):
         (lambda: SparsityAwareGate(0), "k must be at least 1, got 0"),
         (lambda: SparsityAwareGate(1, statistics="robust"), r"statistics must be one of \['diagonal', 'full'\]"),
         (lambda: sparsity_scores(torch.zeros(2, 3), torch.zeros(2, 4, 5)), "must share D"),
-        (lambda: sparsity_scores(torch.zeros(2, 3), torch.zeros(2, 4, 3), torch.zeros(4)), r"bias must have shape \(E, H\)"),
+        (
+            lambda: sparsity_scores(torch.zeros(2, 3), torch.zeros(2, 4, 3), torch.zeros(4)),
+            r"bias must have shape \(E, H\)",
+        ),
         (lambda: SparsityAwareGate(3)(torch.zeros(2, 3), torch.zeros(2, 4, 3)), "k must be between 1 and n_experts=2"),
         (
-            lambda: SparsityAwareGate(1)(torch.ones(2, 3), torch.ones(3, 4, 3).index_fill(0, torch.tensor(1), torch.nan)),
+            lambda: SparsityAwareGate(1)(
+                torch.ones(2, 3), torch.ones(3, 4, 3).index_fill(0, torch.tensor(1), torch.nan)
+            ),
             r"scores of experts \[1\] are NaN",
         ),
     ],

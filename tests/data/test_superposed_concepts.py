@@ -26,21 +26,10 @@ def test_an_input_shows_two_topics_and_four_concepts_on_average():
     assert (shown.float().mean(0) - 4 / 192).abs().max() < 6 * (4 / 192 / 20_000) ** 0.5
 
 
-def test_namesakes_in_other_topics_have_half_of_their_direction_in_common():
-    into, _ = SuperposedConcepts(width=4096, concepts=12, topics=3)._directions
-    cosine = torch.nn.functional.normalize(into, dim=1) @ torch.nn.functional.normalize(into, dim=1).T
-    namesake = (torch.arange(12)[:, None] - torch.arange(12)) % 4 == 0
-    want = torch.where(namesake, 0.5, 0.0).fill_diagonal_(1.0)
-    # Random directions in 4096 dimensions have a cosine of 1/64; five of them.
-    assert (cosine - want).abs().max() < 5 / 64
-    apart = SuperposedConcepts(width=4096, concepts=12, topics=3, common=0.0)._directions[0]
-    assert (apart @ apart.T).fill_diagonal_(0).abs().max() < 5 / 64
-
-
 def test_a_layer_drawn_from_the_same_seed_does_not_start_with_the_directions():
     for seed in (0, 1, 2):
         start = torch.randn(2048, 64, generator=torch.Generator().manual_seed(seed))
-        into = SuperposedConcepts(seed=seed, common=0.0)._directions[0]
+        into = SuperposedConcepts(seed=seed)._directions[0]
         cosine = torch.nn.functional.normalize(into, dim=1) @ torch.nn.functional.normalize(start, dim=1).T
         assert cosine.max() < 0.7  # the largest of 400,000 random ones is near 0.57
 
@@ -58,7 +47,6 @@ def test_the_same_step_gives_the_same_batch_and_another_step_or_seed_another():
         ({"topics": 7}, "topics must divide concepts=192, got 7"),
         ({"shown_topics": 17}, "shown_topics must be between 1 and topics=16, got 17"),
         ({"shown": 25.0}, "shown must be above 0 and at most 24"),
-        ({"common": 1.5}, "common is a share .* got 1.5"),
     ],
 )
 def test_wrong_arguments_are_named(options, message):

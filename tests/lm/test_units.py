@@ -83,7 +83,13 @@ def test_units_of_gated_experts_are_products_and_shared_experts_are_no_layer_of_
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gpt2", "opt", "phi", "llama"])
 def test_units_of_dense_families_are_what_the_output_map_reads(family):
-    sizes = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     if family == "gpt2":
         sizes = {"vocab_size": 300, "n_embd": 32, "n_inner": 48, "n_layer": 2, "n_head": 4}
     if family == "opt":
@@ -144,7 +150,18 @@ def test_strength_does_not_matter_to_which_places_are_asked_about(tokenizer):
 def test_kinds_of_tokens():
     got = [KINDS[kind_of(t)] for t in (" the", "The", " USA", "42", "\n", "([", '"', ".", "a1", "I")]
     assert got == [
-        *("lower case", "Capital", "UPPER CASE", "digits", "space", "brackets", "quotes", "punctuation", "other", "Capital")
+        *(
+            "lower case",
+            "Capital",
+            "UPPER CASE",
+            "digits",
+            "space",
+            "brackets",
+            "quotes",
+            "punctuation",
+            "other",
+            "Capital",
+        )
     ]
 
 
@@ -159,7 +176,10 @@ def test_the_report_counts_what_a_loop_counts_and_is_one_page(tokenizer, tmp_pat
     chosen = (z.view(-1, 4, 48).abs().sum(-1) > 0).float()  # an expert that fires nothing at all is rare enough
     assert [n.load for n in report.experts] == pytest.approx((chosen.mean(0) / chosen.mean(0).sum()).tolist(), abs=0.02)
     assert [n.alive for n in report.experts] == (z.view(-1, 4, 48) > 0).any(0).sum(-1).tolist()
+    assert report.judged > sum(len(n.units) for n in report.experts)
     for note in report.experts:
+        scores = [unit.rule.score for unit in note.units]
+        assert scores == sorted(scores, reverse=True) and len(scores) <= 5
         for unit in note.units:
             assert unit.rule.unit // 48 == note.expert
             rate = float((z[..., unit.rule.unit] > 0).float().mean())

@@ -118,7 +118,10 @@ def test_the_layer_survives_saving_to_the_bit(tmp_path):
         (lambda: small(backend="magic"), "backend must be one of"),
         (lambda: small(statistics="half"), "statistics must be one of"),
         (lambda: as_wide_mlp(torch.nn.Linear(2, 2)), "Linear has no stacked up_proj and down_proj"),
-        (lambda: small()(torch.full((2, 5), torch.nan, dtype=torch.float64)), r"scores of experts \[0, 1, 2, 3\] are NaN"),
+        (
+            lambda: small()(torch.full((2, 5), torch.nan, dtype=torch.float64)),
+            r"scores of experts \[0, 1, 2, 3\] are NaN",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, message):

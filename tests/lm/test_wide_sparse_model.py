@@ -164,11 +164,9 @@ def test_the_average_over_experts_is_the_dense_layer():
 def test_a_gated_model_is_converted_when_asked_to():
     torch.manual_seed(0)
     dense = hf.LlamaForCausalLM(
-        hf.LlamaConfig(
-            vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
-        )
+        hf.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4)
     ).eval()
-    with pytest.raises(ValueError, match="LlamaForCausalLM .* has a gated feed-forward part"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM .* has a gated feed-forward part"):
         upcycle(dense, method="interpretable")
     wide = upcycle(dense, method="interpretable", gate="relu", split=1, noise=0.0, activation="keep", n_experts=3)
     torch.testing.assert_close(logits(wide), logits(dense), **CLOSE)
@@ -188,7 +186,10 @@ def test_a_gated_model_is_converted_when_asked_to():
         (lambda: config(router="magic"), r"router must be one of \['linear', 'sparsity'\], got 'magic'"),
         (lambda: config(num_experts=0), "router='sparsity' needs num_experts"),
         (lambda: config(norm_topk_prob=False), "norm_topk_prob=True"),
-        (lambda: upcycle(neox(), method="interpretable", split=3), "split=3 must divide the 128 hidden units of GPTNeoX"),
+        (
+            lambda: upcycle(neox(), method="interpretable", split=3),
+            "split=3 must divide the 128 hidden units of GPTNeoX",
+        ),
         (lambda: upcycle(neox(), method="interpretable", top_k=9), "top_k must be between 1 and n_experts=8, got 9"),
         (lambda: upcycle(neox(), method="interpretable", router="soft"), r"router must be one of \['linear', 'spars"),
         (lambda: model().save_pretrained("x", family="mixtral"), "cannot express .*"),

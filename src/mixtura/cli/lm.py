@@ -100,15 +100,18 @@ def upcycle(
     """Turn dense checkpoints into one mixture of experts.
 
     `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
-    `fine-grained` cuts the copies into smaller experts. `interpretable` makes sparse ReLU experts of random halves of the layer,
-    whose units `mixtura explain` reads; it wants a model without gated feed-forward parts, and training. `branch-attend-mix` makes experts of several specialists,
-    feed-forward and attention; `branch-train-mix` averages their attention instead.
+    `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
+    feed-forward and attention; `branch-train-mix` averages their attention instead. `interpretable` makes sparse ReLU
+    experts of random halves of the layer, whose units `mixtura explain` reads; it wants a model without gated
+    feed-forward parts, and training afterwards.
 
     Examples:
 
         mixtura upcycle HuggingFaceTB/SmolLM2-135M out/moe --experts 8 --top-k 2
 
         mixtura upcycle base code law out/bam --method branch-attend-mix --top-k 1
+
+        mixtura upcycle EleutherAI/pythia-160m out/wide --method interpretable
     """
     from mixtura.cli import work
 

@@ -120,7 +120,9 @@ class SparsityAwareGate(nn.Module):
             scores_TE = _scores(x_TD, mean_ED, spread, biased=bias is not None)
         if bool(scores_TE.isnan().any()):
             bad = scores_TE.isnan().any(0).nonzero().flatten().tolist()
-            raise ValueError(f"scores of experts {bad} are NaN: the input, or the weights of these experts, is not finite")
+            raise ValueError(
+                f"scores of experts {bad} are NaN: the input, or the weights of these experts, is not finite"
+            )
         return top_k(scores_TE, self.k)
 
     def train(self, mode: bool = True) -> SparsityAwareGate:

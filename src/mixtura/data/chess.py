@@ -167,7 +167,9 @@ def _player(policy: str, draw: random.Random, nodes: int, engine: str) -> Iterat
     import chess.engine
 
     if shutil.which(engine) is None:
-        raise FileNotFoundError(f"the engine {engine!r} is not there; install it (apt-get install stockfish) or use 'greedy'")
+        raise FileNotFoundError(
+            f"the engine {engine!r} is not there; install it (apt-get install stockfish) or use 'greedy'"
+        )
     with chess.engine.SimpleEngine.popen_uci(engine) as asked:
         asked.configure({"Threads": 1})
         limit = chess.engine.Limit(nodes=nodes)

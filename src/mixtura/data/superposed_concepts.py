@@ -6,9 +6,7 @@ each of their 24 concepts with probability 1/6.
 
     x = sum of strength_c a_c,   y = sum of tanh(2 strength_c) b_c over the shown concepts,   strength uniform in [0.5, 1.5]
 
-b_c are fixed random directions in 64 dimensions, and so are a_c but for a half that concept number i has in common with number i
-of every other topic: like a word, it means something else in another topic. Without that half a dense layer with more units than
-concepts takes them apart by itself.
+a_c and b_c are fixed random directions in 64 dimensions.
 """
 
 from dataclasses import dataclass
@@ -31,7 +29,6 @@ class SuperposedConcepts:
         concepts, topics: numbers of both; every topic has equally many concepts.
         shown_topics: topics of an input.
         shown: concepts of an input on average, over its topics.
-        common: share of the squared length of an input direction that namesakes in other topics have in common.
         seed: of the directions and of every batch.
     """
 
@@ -40,7 +37,6 @@ class SuperposedConcepts:
     topics: int = 16
     shown_topics: int = 2
     shown: float = 4.0
-    common: float = 0.5
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -50,15 +46,13 @@ class SuperposedConcepts:
             raise ValueError(f"shown_topics must be between 1 and topics={self.topics}, got {self.shown_topics}")
         most = self.shown_topics * self.concepts // self.topics
         if not 0 < self.shown <= most:
-            raise ValueError(f"shown must be above 0 and at most {most}, the concepts of the shown topics, got {self.shown}")
-        if not 0 <= self.common <= 1:
-            raise ValueError(f"common is a share and must be between 0 and 1, got {self.common}")
+            raise ValueError(
+                f"shown must be above 0 and at most {most}, the concepts of the shown topics, got {self.shown}"
+            )
         # A stream of its own: a layer that starts from the same small seed would start with the concepts' directions as rows.
         draw = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - DIRECTIONS)
-        own, out = torch.randn(2, self.concepts, self.width, generator=draw) * self.width**-0.5
-        shared = torch.randn(self.concepts // self.topics, self.width, generator=draw) * self.width**-0.5
-        into = (1 - self.common) ** 0.5 * own + self.common**0.5 * shared.repeat(self.topics, 1)
-        object.__setattr__(self, "_directions", (into, out))
+        directions = torch.randn(2, self.concepts, self.width, generator=draw) * self.width**-0.5
+        object.__setattr__(self, "_directions", directions)
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
         """Inputs and targets (size, width) and shown concepts (size, concepts), bool, of a step; equal for equal steps.

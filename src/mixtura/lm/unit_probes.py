@@ -101,7 +101,8 @@ class BoardProbe:
         truth_NG = boards_NG.float()
         total_G = truth_NG.sum(0)
         n_units, n_properties = units_NU.shape[1], boards_NG.shape[1]
-        best_G, unit_G, level_G = (torch.full((n_properties,), v, dtype=t) for v, t in ((-1.0, None), (0, int), (0, int)))
+        best_G = torch.full((n_properties,), -1.0)
+        unit_G, level_G = torch.zeros(2, n_properties, dtype=torch.int64)
         fitted = torch.zeros(3, n_properties)
         lowest_UG = torch.full((n_units, n_properties), len(LEVELS), dtype=torch.int8)
         for j, level in enumerate(LEVELS):
@@ -178,7 +179,9 @@ class BoardProbe:
         if games is not None and self.games_ is not None:
             common = games[torch.isin(games, self.games_)].unique()
             if len(common):
-                raise ValueError(f"games {common[:5].tolist()} are among those the probe was fitted on; measure on others")
+                raise ValueError(
+                    f"games {common[:5].tolist()} are among those the probe was fitted on; measure on others"
+                )
         return units[:, self.alive_], boards[:, self.properties_]
 
     def _name(self, column: int) -> str:

@@ -1,8 +1,8 @@
 """What every expert and hidden unit of a layer stands for, as a page that a person reads and as JSON.
 
-Two passes over the text: the first counts how often and how strongly every unit fires, the second keeps the few units of each
-expert that the page shows. Shown are the units that fire most strongly over all, without those that fire almost everywhere
-or almost nowhere, which stand for nothing that a page could show.
+Two passes over the text: the first counts how often and how strongly every unit fires, the second keeps a few units of each
+expert, which are judged: those that fire most strongly over all, without those that fire almost everywhere or almost nowhere.
+The page shows the ones among them that their rules tell best; the mean score is over all that were judged.
 
 Shapes: N rows, L positions, U units, E experts.
 """
@@ -27,6 +27,7 @@ from mixtura.lm.units import UnitLayer, read_units, unit_layer
 __all__ = ["Example", "ExpertNote", "UnitNote", "UnitReport", "top_examples", "unit_report"]
 
 OFTEN, RARELY = 0.3, 0.0005  # shares of positions beyond which a unit is not shown
+JUDGED = 4  # units judged for each one shown
 AROUND = 10  # tokens shown before and after the strongest one
 
 
@@ -57,7 +58,7 @@ class ExpertNote:
         active: share of its units that fire on a token that visits it.
         alive: units that fired at all.
         tokens: tokens that visit it most often beyond chance, with the ratio to chance; empty in a dense layer.
-        units: the units shown.
+        units: the units shown, best told first.
     """
 
     expert: int
@@ -117,7 +118,8 @@ class UnitReport:
             "<p>Every unit has a rule in words, learned from places where it fires and where it does not, and a score: the share "
             "of other such places that the rule gets right. One half is chance, 1 is a unit that the rule says everything about. "
             f"{judged}</p><p>In the examples {_mark('darker', 0.9)} means that the unit fires more strongly; the frame marks the "
-            "place that the example was picked for. Only units that fire in 0.05 % to 30 % of the places are shown.</p>"
+            "place that the example was picked for. Shown are, of the strongest units that fire in 0.05 % to 30 % of the places, "
+            f"those that their rules tell best: one of {JUDGED} that were judged.</p>"
         )
 
     def _overview(self) -> str:
@@ -128,7 +130,9 @@ class UnitReport:
             f'<td style="text-align:left;white-space:normal">{_tokens(note.tokens)}</td></tr>'
             for note in self.experts
         )
-        head = "".join(f"<th>{h}</th>" for h in ("expert", "of the visits", "of its units fire", "alive", "visited for"))
+        head = "".join(
+            f"<th>{h}</th>" for h in ("expert", "of the visits", "of its units fire", "alive", "visited for")
+        )
         return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -166,14 +170,16 @@ def unit_report(
     fired_U, total_U = torch.zeros(found.n_units), torch.zeros(found.n_units)
     visits_E = torch.zeros(found.n_experts, dtype=torch.float64)
     by_token = torch.zeros(found.n_experts, int(ids.max()) + 1)
-    with _watched(model, found, visits_E, by_token) as expect:
-        for rows, units in zip(ids.split(batch_size), read_units(model, ids, found, batch_size=batch_size), strict=True):
+    with _Watched(model, found, visits_E, by_token) as expect:
+        for rows, units in zip(
+            ids.split(batch_size), read_units(model, ids, found, batch_size=batch_size), strict=True
+        ):
             expect(rows)
             fired_U += (units > 0).float().sum((0, 1))
             total_U += units.clamp(min=0).sum((0, 1))
     if not found.experts:
         visits_E += ids.numel()
-    columns = _shown(fired_U / ids.numel(), total_U, found, per_expert)
+    columns = _judged(fired_U / ids.numel(), total_U, found, JUDGED * per_expert)
     kept = torch.cat(list(read_units(model, ids, found, columns=columns, batch_size=batch_size, label="examples")))
     rules = {r.unit: r for r in detection_score(kept, ids, tokenizer, units=columns.tolist(), seed=seed)}
     places = {unit: column for column, unit in enumerate(columns.tolist())}
@@ -181,7 +187,7 @@ def unit_report(
     notes = []
     for e in range(found.n_experts):
         own = [rules[unit] for unit in places if unit // found.hidden == e and unit in rules]
-        own.sort(key=lambda rule: -rule.score)
+        own = sorted(own, key=lambda rule: -rule.score)[:per_expert]
         notes.append(
             ExpertNote(
                 expert=e,
@@ -228,11 +234,11 @@ def top_examples(
     return _examples(values, ids, tokenizer, k)
 
 
-def _shown(rate_U: Tensor, total_U: Tensor, layer: UnitLayer, per_expert: int) -> Tensor:
-    """Units of each expert with the largest sum of activations, among those that fire neither everywhere nor nowhere."""
+def _judged(rate_U: Tensor, total_U: Tensor, layer: UnitLayer, n: int) -> Tensor:
+    """The n units of each expert with the largest sum of activations, among those that fire neither everywhere nor nowhere."""
     usual = (rate_U <= OFTEN) & (rate_U >= RARELY)
     rank_EH = torch.where(usual, total_U, -1.0).view(layer.n_experts, -1)
-    best = rank_EH.topk(min(per_expert, layer.hidden), dim=1)
+    best = rank_EH.topk(min(n, layer.hidden), dim=1)
     columns = best.indices + torch.arange(layer.n_experts)[:, None] * layer.hidden
     return columns[best.values > 0]
 
@@ -254,7 +260,7 @@ def _examples(values: Tensor, ids: Tensor, tokenizer: Any, k: int) -> list[Examp
     return found
 
 
-class _watched:
+class _Watched:
     """Counts visits of experts while units are read; nothing for a dense layer."""
 
     def __init__(self, model: Any, layer: UnitLayer, visits_E: Tensor, by_token: Tensor):

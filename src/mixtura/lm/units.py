@@ -140,7 +140,9 @@ def _inner(experts: Any, path: str) -> tuple[Tensor, Tensor | None, Callable[[Te
             if hasattr(experts, "_apply_gate"):
                 return up, bias, experts._apply_gate
             return up, bias, lambda u: experts.act_fn(u.chunk(2, dim=-1)[0]) * u.chunk(2, dim=-1)[1]
-    raise ValueError(f"{path}: {type(experts).__name__} does not hold its matrices in plain stacks, so its units cannot be read")
+    raise ValueError(
+        f"{path}: {type(experts).__name__} does not hold its matrices in plain stacks, so its units cannot be read"
+    )
 
 
 def _inputs(linear: nn.Module) -> int:

@@ -152,9 +152,7 @@ class WideSparseMoE(MixtureLayer):
             raise ValueError(f"balance must be >= 0, got {balance}")
         if backend not in BACKENDS:
             raise ValueError(f"backend must be one of {sorted(BACKENDS)}, got {backend!r}")
-        config = ExpertsConfig(
-            width=d, hidden=hidden, n_experts=experts, activation=activation, gated=False, bias=bias
-        )
+        config = ExpertsConfig(width=d, hidden=hidden, n_experts=experts, activation=activation, gated=False, bias=bias)
         scores = (
             SparsityAwareGate(top_k, statistics=statistics)
             if gate == "sparsity"
@@ -169,7 +167,9 @@ class WideSparseMoE(MixtureLayer):
     def start(self, std: float, generator: torch.Generator | None = None) -> None:
         """Draw every matrix anew: normal with standard deviation ``std``; biases become 0."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * (0.0 if name.endswith("_bias") else std))
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator) * (0.0 if name.endswith("_bias") else std)
+            )
 
     def route(self, x: Tensor) -> Routing:
         """What the gate decides for x (T, D)."""

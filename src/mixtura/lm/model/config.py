@@ -157,7 +157,9 @@ def _check(config: MixturaConfig) -> None:
     if config.shared_expert_intermediate_size and not config.num_experts:
         raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
     if config.router == "sparsity" and not (config.num_experts and config.norm_topk_prob):
-        raise ValueError("router='sparsity' needs num_experts, and norm_topk_prob=True: its weights are a softmax of the chosen")
+        raise ValueError(
+            "router='sparsity' needs num_experts, and norm_topk_prob=True: its weights are a softmax of the chosen"
+        )
     if config.attention_experts < 1:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:

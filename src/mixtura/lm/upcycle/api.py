@@ -76,7 +76,10 @@ def upcycle(
         )
     if method == "interpretable":
         _check_options(WideCopyConfig, options, method)
-        counts = {"n_experts": 8 if n_experts is None else n_experts, "top_k": 2 if top_k is None else top_k}
+        counts: dict[str, Any] = {
+            "n_experts": 8 if n_experts is None else n_experts,
+            "top_k": 2 if top_k is None else top_k,
+        }
         return wide_copies(model_or_models, WideCopyConfig(**counts, seed=seed, **options))
     if method == "copy" and (extra := {"segments", "shared"} & set(options)):
         raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")

@@ -95,7 +95,8 @@ def chess(sizes: DecoderSizes, seed: int) -> dict[str, Any]:
     games: Games = chess_games(sizes.games, seed=seed, policy=sizes.policy, max_chars=sizes.length)  # type: ignore[arg-type]
     n = min(sizes.rows, sizes.games // 6)
     parts = [slice(i * n, (i + 1) * n) for i in range(3)]
-    rows = Rows(games.ids[3 * n :], *(games.ids[p] for p in parts), len(ALPHABET) + 1, padded=True)
+    choose, to_fit, test = (games.ids[p] for p in parts)
+    rows = Rows(games.ids[3 * n :], choose, to_fit, test, vocabulary=len(ALPHABET) + 1, padded=True)
     ends, facts, of = games.move_ends(), board_properties, torch.arange(n)[:, None].expand(n, sizes.length)
     boards = [facts(games.boards[p][ends[p]]) for p in parts[1:]]
     which = [of[ends[p]] + i * n for i, p in enumerate(parts[1:])]
@@ -138,8 +139,8 @@ def text(sizes: DecoderSizes, seed: int) -> dict[str, Any]:
     tokenizer = byte_pair_tokenizer([t for part in found for t in part.train], sizes.vocabulary)
     train = torch.cat([blocks(tokenizer, part.train, sizes.length) for part in found])
     held = [blocks(tokenizer, part.held_out, sizes.length, limit=3 * sizes.rows // 2) for part in found]
-    thirds = [torch.cat([rows[i::3] for rows in held]) for i in range(3)]
-    rows = Rows(train, *thirds, sizes.vocabulary, padded=False)
+    choose, to_fit, test = (torch.cat([part[i::3] for part in held]) for i in range(3))
+    rows = Rows(train, choose, to_fit, test, vocabulary=sizes.vocabulary, padded=False)
     models, arms = _arms(sizes, rows, seed)
     for name, model in models.items():
         arms[name] |= _rules(_units(model, rows.test), rows.test, tokenizer, sizes, seed)
@@ -162,10 +163,17 @@ def _arms(sizes: DecoderSizes, rows: Rows, seed: int) -> tuple[dict[str, Any], d
         grid = {}
         if sizes.grid_steps:
             short = replace(sizes, steps=sizes.grid_steps)
-            grid = {r: _loss(_train(short, rows, _decoder(sizes, rows, name, seed), r, seed), rows, "choose") for r in sizes.grid}
+            grid = {
+                r: _loss(_train(short, rows, _decoder(sizes, rows, name, seed), r, seed), rows, "choose")
+                for r in sizes.grid
+            }
         lr = min(grid, key=lambda rate: grid[rate]) if grid else sizes.grid[0]
         models[name] = _train(sizes, rows, _decoder(sizes, rows, name, seed), lr, seed)
-        arms[name] = {"lr": lr, "grid": {f"{r:g}": v for r, v in grid.items()}, "loss": _loss(models[name], rows, "test")}
+        arms[name] = {
+            "lr": lr,
+            "grid": {f"{r:g}": v for r, v in grid.items()},
+            "loss": _loss(models[name], rows, "test"),
+        }
     if sizes.upcycle:
         half = replace(sizes, steps=sizes.steps // 2)
         lr = arms["dense_gelu"]["lr"]
@@ -202,9 +210,7 @@ def _decoder(sizes: DecoderSizes, rows: Rows, name: str, seed: int) -> MixturaFo
     return model.to(sizes.device)
 
 
-def _train(
-    sizes: DecoderSizes, rows: Rows, model: Any, lr: float, seed: int, *, first: int = 0
-) -> Any:
+def _train(sizes: DecoderSizes, rows: Rows, model: Any, lr: float, seed: int, *, first: int = 0) -> Any:
     if find_moe(model):
         model.set_experts_implementation("grouped_mm")
     model.train()
@@ -213,7 +219,9 @@ def _train(
         ids = batch_at(rows.train, first + step, sizes.batch, seed=seed).to(sizes.device)
         with torch.autocast(sizes.device, torch.bfloat16, enabled=sizes.device == "cuda"):
             labels = ids.masked_fill(ids == 0, -100) if rows.padded else ids
-            mask = (ids > 0).long() if rows.padded else None  # padding is behind the text: it only keeps quiet in the balance
+            mask = (
+                (ids > 0).long() if rows.padded else None
+            )  # padding is behind the text: it only keeps quiet in the balance
             loss: Tensor = model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
         return loss
 
