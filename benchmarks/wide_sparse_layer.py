@@ -79,7 +79,8 @@ def layers(rounds: int, tokens: int, clock: Callable[[], float]) -> dict[str, An
     rivals = {"sparsity": trained(ours), "learned": trained(learned), "gate": gate_only}
     rivals |= {name: trained(peer) for name, peer in peers.items()}
     times = alternate(rivals, rounds=rounds, clock=clock)
-    rows["training step, seconds"] = median(times)
+    seconds = median(times)
+    rows["training: seconds of a step"] = f"{seconds['sparsity']:.3f}"
     rows["training: gate of the layer's time"] = ratio(times, "gate", "sparsity")
     rows["training: sparsity gate over learned gate"] = ratio(times, "sparsity", "learned")
     for name in peers:
@@ -93,7 +94,7 @@ def layers(rounds: int, tokens: int, clock: Callable[[], float]) -> dict[str, An
             "gate": lambda: ours.route(x),
         }
         times = alternate(forward, rounds=rounds, clock=clock)
-    rows["forward, seconds"] = median(times)
+    rows["forward: seconds"] = f"{median(times)['sparsity']:.3f}"
     rows["forward: gate of the layer's time"] = ratio(times, "gate", "sparsity")
     rows["forward: sparsity gate over learned gate"] = ratio(times, "sparsity", "learned")
     return rows
@@ -111,7 +112,8 @@ def probe(positions: int, units: int, properties: int, clock: Callable[[], float
         fitted.reconstruction(z[1], boards[1])
         return clock() - start
 
-    return {"probe, seconds": both(z, boards), "probe": f"{positions} x {units} x {properties}, fitted and measured"}
+    size = f"{positions} x {units} x {properties}"
+    return {f"{size}, fitted and measured: probe, seconds": f"{both(z, boards):.1f}"}
 
 
 def main() -> None:
@@ -126,9 +128,18 @@ def main() -> None:
     rows |= probe(*((500, 256, 128) if options.quick else (5000, 1536, 768)), clock)
     for name, value in rows.items():
         print(f"{name}: {value}")
-    if not options.quick:
-        clock_name = "processor time" if options.busy else "wall clock"
-        print(write_record("wide_sparse_layer", {"bars": BARS, "clock": clock_name, "rows": rows}))
+    if options.quick:
+        return
+    bars = {name: next((b for part, b in BARS.items() if name.endswith(part)), "reported") for name in rows}
+    table = [{"case": name, "found": str(value), "bar": str(bars[name])} for name, value in rows.items()]
+    what = (
+        f"{EXPERTS} experts of {HIDDEN} hidden units, width {WIDTH}, {tokens} tokens, float32, one thread, "
+        f"{'processor time' if options.busy else 'wall clock'}: what the gate without parameters costs, beside a learned one and "
+        "transformers' engines behind the same learned router; and the probe of units."
+    )
+    print(
+        write_record("wide_sparse_layer", {"title": "The wide sparse layer", "what": what, "rows": table, "raw": rows})
+    )
 
 
 if __name__ == "__main__":
