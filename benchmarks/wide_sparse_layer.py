@@ -44,7 +44,7 @@ def block(layer: WideSparseMoE, engine: str) -> nn.Module:
         num_attention_heads=8,
     )
     config._experts_implementation = engine
-    made: Any = ExpertsBlock(config)
+    made: Any = ExpertsBlock(config, EXPERTS)
     with torch.no_grad():
         made.gate.weight.copy_(layer.gate.weight)  # type: ignore[arg-type]
         made.experts.up_proj.copy_(layer.experts.up_proj)  # type: ignore[union-attr]
