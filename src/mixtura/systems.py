@@ -166,6 +166,13 @@ SYSTEMS: tuple[System, ...] = (
         "2502.02581",
         "lm",
         "Experts are sharded over all devices and gathered sparsely where the tokens of the step need them.",
+        (
+            "mixtura.lm.parallel.placement.materialize",
+            "mixtura.lm.parallel.placement.shard",
+            "mixtura.lm.parallel.sharded_experts.shard_experts",
+            "mixtura.lm.parallel.simulate.simulate",
+            "mixtura.lm.parallel.plan.memory",
+        ),
     ),
     System(
         "deepseek-moe",

@@ -21,6 +21,7 @@ from mixtura.cli import (
     explain,
     lm,
     outliers,
+    plan,
     regress,
     search,
     separate,
@@ -67,6 +68,7 @@ solve_pde.add_to(app)
 classify.add_to(app)
 unmix.add_to(app)
 outliers.add_to(app)
+plan.add_to(app)
 separate.add_to(app)
 search.add_to(app)
 claims.add_to(app)

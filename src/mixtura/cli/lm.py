@@ -159,6 +159,14 @@ def train(
     ] = None,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 20,
     resume: Annotated[bool, typer.Option(help="Go on from the checkpoint of an interrupted run.")] = True,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            help="How the processes that torchrun started share the work: expert=N (experts apart), data=N (copies of them), "
+            "slices=N, tensor=N; their product is the number of processes. Or hecate: every expert once, busy ones copied for a "
+            "step; hecate,capacity=N,overlap=N,reshard=N,free=1 by hand."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     dry_run: DryRun = False,
@@ -168,11 +176,16 @@ def train(
     A .json file names the parts of a new model (fields of `MixturaConfig`: experts, shared ones, latent attention and so on);
     its tokenizer is learned from the text. A new model wants a rate near 2e-3 and thousands of steps.
 
-    An interrupted run leaves its last checkpoint beside the output; the same command goes on from there.
+    An interrupted run leaves its last checkpoint beside the output; the same command goes on from there, also with another
+    number of processes: started by torchrun, several processes train one model, each with its part of the rows and experts.
 
     Examples:
 
         mixtura train out/moe --text book.txt --text notes/ --steps 200
+
+        torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel expert=2,data=2
+
+        torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel hecate
 
         mixtura train out/moe --trainable router --steps 50 --out out/routed
 
@@ -201,6 +214,7 @@ def train(
         dry_run=dry_run,
         command=_command(),
         say=_say,
+        parallel=parallel,
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -10,6 +10,9 @@ from mixtura.cli.checks import check_device, check_writable
 from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
+
+if TYPE_CHECKING:
+    from mixtura.lm.parallel.training import ExpertParallel
 
 __all__ = ["compare", "compress", "convert", "demo", "generate", "inspect", "train", "upcycle"]
 
@@ -76,8 +79,28 @@ def train(
     dry_run: bool,
     command: str,
     say: Say,
+    parallel: str | None = None,
 ) -> None:
     """Train a checkpoint, or a new model of a config file, into ``out``; an unfinished run's state stands in ``out.state``."""
+    from mixtura.cli.train_parallel import team_of
+
+    check_device(device)
+    with team_of(parallel, device, say) as (team, device, say):
+        _train(source, out, text, options, team, device=device, dry_run=dry_run, command=command, say=say)
+
+
+def _train(
+    source: str,
+    out: Path,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    team: "ExpertParallel | None",
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
     import shutil
 
     from mixtura.cli.train_new import config_of, is_config, start
@@ -85,7 +108,7 @@ def train(
     from mixtura.lm.evaluate import perplexity
     from mixtura.lm.tokens import blocks
 
-    check_device(device)
+    leads = team is None or team.leads
     domains = domains_of(text)
     tokens = options["steps"] * options["batch_size"] * options["length"]
     new = is_config(source)
@@ -94,17 +117,27 @@ def train(
     if dry_run:
         return
     drawn = out.with_name(f"{out.name}.start")
-    begin = start(source, drawn, text, options["seed"], command=command, say=say) if new else source
+    begin = str(drawn) if new else source
+    if new and leads:
+        start(source, drawn, text, options["seed"], command=command, say=say)
+    if team is not None:
+        team.wait()
     model, tokenizer = loading.load(begin, dtype=torch.float32, device=device)
     held_out = {
         n: blocks(tokenizer, c.held_out, options["length"], limit=8)
         for n, c in domains.items()
         if _enough(tokenizer, c, options["length"])
     }
-    before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
+    before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()} if leads else {}
     state = out.with_name(f"{out.name}.state")
     texts = {name: part.train for name, part in domains.items()}
-    history = run(model, tokenizer, texts, out=state, **options)
+    history = run(model, tokenizer, texts, out=state, team=team, **options)
+    if team is not None:
+        trained = team.state(model)
+        if not leads:
+            return
+        model = loading.load(begin, dtype=torch.float32, device=device)[0]
+        model.load_state_dict(trained)
     if history.resumed_at:
         say(f"went on from step {history.resumed_at}")
     after = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
@@ -112,10 +145,11 @@ def train(
     for name in held_out:
         figures[f"held-out perplexity, {name}"] = f"{before[name]:.2f} -> {after[name]:.2f}"
         say(f"{name}: held-out perplexity {before[name]:.2f} -> {after[name]:.2f}")
+    how = "" if team is None else f", by {team}"
     card = {
         "title": out.name,
         "base": ["random weights" if new else source],
-        "recipe": f"Trained with mixtura ({_listed(options)}).",
+        "recipe": f"Trained with mixtura ({_listed(options)}){how}.",
         "data": f"{tokens:,} tokens of {', '.join(domains)}",
         "command": command,
         "figures": figures,
