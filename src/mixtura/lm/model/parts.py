@@ -130,6 +130,8 @@ class SparsityRouter(MixturaRouter):
     Source: MoE-X (2503.07639), eq. 9-11.
     """
 
+    reads_experts = True  # what moves experts elsewhere, or packs them, has to know
+
     def __init__(self, config: MixturaConfig, num_experts: int):
         super().__init__(config, num_experts)
         self.register_parameter("weight", None)
