@@ -197,8 +197,14 @@ def test_a_gated_model_is_converted_when_asked_to():
         (lambda: upcycle(neox(), method="interpretable", router="soft"), r"router must be one of \['linear', 'spars"),
         (lambda: model().save_pretrained("x", family="mixtral"), "cannot express .*"),
         (lambda: segment(model(), 2), "has no rows to repeat"),
-        (lambda: parallelize_experts(model(), ExpertMesh(1, 1)), "router='sparsity' reads the weights of all experts"),
-        (lambda: shard_experts(model(), ExpertMesh(1, 1)), "router='sparsity' reads the weights of all experts"),
+        (
+            lambda: parallelize_experts(model(), ExpertMesh(world=1, expert=1)),
+            "router='sparsity' reads the weights of all experts",
+        ),
+        (
+            lambda: shard_experts(model(), ExpertMesh(world=1, expert=1)),
+            "router='sparsity' reads the weights of all experts",
+        ),
         (lambda: compress(model(), None, ["a"]), "mc-moe packs the experts, whose weights the router"),
     ],
 )
