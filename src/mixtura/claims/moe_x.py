@@ -346,8 +346,8 @@ CLAIM = Claim(
     limits=(
         "The concepts are made up. The router's own effect is reported and not judged (router_only and relu_only against switch "
         "and moe_x): here as in the paper most comes from ReLU. A sparse autoencoder of the dense layer's units, with as many "
-        "latents, steps and inputs, is reported beside the arms and not judged: concepts that add up to an input are just what it "
-        "is made for. Chess: games of a greedy player and a few hundred steps, after which a model hardly follows the board; "
+        "latents, steps and inputs, is reported beside the arms and not judged: concepts that add up to an input are just what "
+        "it is made for. Chess: games of a greedy player and a few hundred steps, after which a model hardly follows a board; "
         "coverage and reconstruction are reported and not judged, and so are the scores of rules on text. The paper's headline "
         "on chess needs the gpu scale."
     ),
