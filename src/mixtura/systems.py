@@ -113,6 +113,14 @@ SYSTEMS: tuple[System, ...] = (
         "2201.05596",
         "lm",
         "More experts in deeper layers beside a dense residual branch, and a shallower mixture distilled from it.",
+        (
+            "mixtura.lm.pyramid.PyramidResidualFFN",
+            "mixtura.lm.pyramid.expert_schedule",
+            "mixtura.lm.upcycle.pyramid.convert",
+            "mixtura.lm.students.StagedDistillation",
+            "mixtura.lm.students.student_of",
+            "mixtura.lm.students.distill",
+        ),
     ),
     System(
         "multilingual-moe",

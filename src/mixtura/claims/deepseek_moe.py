@@ -21,8 +21,8 @@ from torch.nn import functional as F
 from mixtura.claims.framework import Check, Claim, Figures, Record, Scale
 from mixtura.core.training import TrainConfig, fit
 from mixtura.data.concept_mixture import ConceptMixture
-from mixtura.data.package_descriptions import debian_descriptions
-from mixtura.data.texts import corpus, split
+from mixtura.data.package_descriptions import description_corpora
+from mixtura.data.texts import corpus
 from mixtura.lm.evaluate import token_losses
 from mixtura.lm.fine_grained import FineGrainedMoE, matched
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
@@ -250,18 +250,7 @@ def _text(sizes: Sizes, seed: int) -> dict[str, Any]:
 
 def _rows(sizes: Sizes, seed: int) -> Text:
     if sizes.languages:
-        found = debian_descriptions(sizes.languages)
-        texts = {}
-        for language, entries in found.items():
-            documents = sorted({f"{entry.short}\n{entry.long}" for entry in entries})
-            order = torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist()
-            kept, total = [], 0
-            for i in order:
-                if total >= sizes.characters:
-                    break
-                kept.append(documents[i])
-                total += len(documents[i])
-            texts[language] = split(language, kept)
+        texts = description_corpora(sizes.languages, characters=sizes.characters, seed=seed)
         texts["code"] = corpus("code", characters=sizes.characters, seed=seed)
     else:
         texts = {name: corpus(name, characters=sizes.characters, seed=seed) for name in ("code", "prose", "arithmetic")}

@@ -18,6 +18,7 @@ from mixtura.cli import (
     convert,
     demo,
     discover,
+    distill,
     explain,
     lm,
     outliers,
@@ -59,6 +60,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+distill.add_to(app)
 explain.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)

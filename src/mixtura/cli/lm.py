@@ -29,8 +29,16 @@ class UpcycleMethod(StrEnum):
     copy = "copy"
     fine_grained = "fine-grained"
     interpretable = "interpretable"
+    pyramid = "pyramid"
     branch_attend_mix = "branch-attend-mix"
     branch_train_mix = "branch-train-mix"
+
+
+class CombineName(StrEnum):
+    """How an expert and the fixed network beside it come together."""
+
+    coefficient = "coefficient"
+    sum = "sum"
 
 
 class CompressMethod(StrEnum):
@@ -87,8 +95,19 @@ def upcycle(
         ),
     ],
     method: Annotated[UpcycleMethod, typer.Option(help="How experts are made of dense models.")] = UpcycleMethod.copy,
-    experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained, interpretable).")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts that each token visits.")] = 2,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Experts a layer (copy, fine-grained, interpretable); for pyramid also of each in turn: 4,4,8,8 or 4x2,8x2."
+        ),
+    ] = "8",
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that each token visits; default 2, and 1 for pyramid.")
+    ] = None,
+    combine: Annotated[
+        CombineName | None,
+        typer.Option(help="How expert and fixed network come together; default coefficient (pyramid)."),
+    ] = None,
     segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
     shared_kv: Annotated[
         bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
@@ -101,13 +120,16 @@ def upcycle(
 
     `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
     `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
-    feed-forward and attention; `branch-train-mix` averages their attention instead. `interpretable` makes sparse ReLU
-    experts of random halves of the layer, whose units `mixtura explain` reads; it wants a model without gated
+    feed-forward and attention; `branch-train-mix` averages their attention instead. `pyramid` keeps the dense feed-forward layer
+    of every second block and puts one of several experts beside it, more of them in deeper blocks. `interpretable` makes sparse
+    ReLU experts of random halves of the layer, whose units `mixtura explain` reads; it wants a model without gated
     feed-forward parts, and training afterwards.
 
     Examples:
 
         mixtura upcycle HuggingFaceTB/SmolLM2-135M out/moe --experts 8 --top-k 2
+
+        mixtura upcycle base out/pyramid --method pyramid --experts 4,4,8,8
 
         mixtura upcycle base code law out/bam --method branch-attend-mix --top-k 1
 
@@ -117,9 +139,17 @@ def upcycle(
 
     if len(sources) < 2:
         raise ValueError("upcycle needs at least one source and, last, the directory to write: mixtura upcycle SRC DST")
-    options: dict[str, Any] = {"top_k": top_k, "seed": seed}
-    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained, UpcycleMethod.interpretable):
-        options["n_experts"] = experts
+    several = method is UpcycleMethod.pyramid
+    options: dict[str, Any] = {"top_k": (1 if several else 2) if top_k is None else top_k, "seed": seed}
+    if not method.value.startswith("branch"):
+        counts = work.expert_counts(experts)
+        if len(counts) > 1 and not several:
+            raise ValueError(f"--experts as a list goes with --method pyramid, got {experts!r} for {method.value}")
+        options["n_experts"] = counts if len(counts) > 1 else counts[0]
+    if several:
+        options["combine"] = (combine or CombineName.coefficient).value
+    elif combine is not None:
+        raise ValueError(f"--combine goes with --method pyramid, got it with {method.value}")
     if method is UpcycleMethod.fine_grained:
         options["segments"] = segments
     if method is UpcycleMethod.branch_attend_mix:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, branch, mix, vocabularies_agree
     from mixtura.lm.upcycle.branch_train_mix import average, to_standard
     from mixtura.lm.upcycle.copies import CopyConfig
+    from mixtura.lm.upcycle.pyramid import PyramidConfig
     from mixtura.lm.upcycle.segments import segment
     from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "BranchAttendConfig",
     "CopyConfig",
+    "PyramidConfig",
     "WideCopyConfig",
     "average",
     "branch",
@@ -31,6 +33,7 @@ _HOMES = {
     "branch_attend_mix": ("BranchAttendConfig", "branch", "mix", "vocabularies_agree"),
     "branch_train_mix": ("average", "to_standard"),
     "copies": ("CopyConfig",),
+    "pyramid": ("PyramidConfig",),
     "segments": ("segment",),
     "wide_copies": ("WideCopyConfig", "wide_copies"),
 }
