@@ -148,6 +148,13 @@ SYSTEMS: tuple[System, ...] = (
         "2503.07639",
         "lm",
         "Wide sparse experts, routed by how sparse their activations would be, whose features can be read.",
+        (
+            "mixtura.lm.wide_sparse.WideSparseMoE",
+            "mixtura.core.sparsity_gate.SparsityAwareGate",
+            "mixtura.lm.upcycle.upcycle",
+            "mixtura.lm.unit_report.unit_report",
+            "mixtura.lm.unit_probes.BoardProbe",
+        ),
     ),
     System(
         "mixllm",

@@ -19,6 +19,7 @@ from mixtura.cli import (
     demo,
     discover,
     distill,
+    explain,
     lm,
     outliers,
     plan,
@@ -36,6 +37,7 @@ EXTRAS = {
     "PIL": "vision",
     "Stemmer": "search",
     "bm25s": "search",
+    "chess": "chess",
     "pandas": "density",
     "pyarrow": "density",
     "sklearn": "density",
@@ -59,6 +61,7 @@ demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
 distill.add_to(app)
+explain.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)

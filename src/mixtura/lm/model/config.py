@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention_kv": ("expert", "shared"),
     "attention_routing": ("soft", "top1", "top2"),
     "balance_per": ("batch", "sequence"),
+    "router": ("linear", "sparsity"),
+    "router_statistics": ("diagonal", "full"),
     "shared_combine": ("sum", "coefficient"),
     "capacity_policy": ("random", "prefix", "probs"),
 }
@@ -50,6 +52,9 @@ class MixturaConfig(PreTrainedConfig):
         shared_combine: ``sum``: that part and the routed experts are added; ``coefficient``: weighted by a softmax over the
             two of a linear map of the token (DeepSpeed-MoE's released code).
         dense_layers: layers that keep a dense feed-forward part.
+        router: ``linear`` (learned), or ``sparsity``: no parameters, a token visits the experts that would fire the fewest hidden
+            units on it (MoE-X; with ``hidden_act="relu"`` it means that exactly). Its scores are bounded, so they get no z loss.
+        router_statistics: of the sparsity router; see :mod:`mixtura.core.sparsity_gate`.
         capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
             training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
         min_capacity: places that every expert has.
@@ -113,6 +118,8 @@ class MixturaConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int = 0
     shared_combine: str = "sum"
     dense_layers: list[int] | None = None
+    router: str = "linear"
+    router_statistics: str = "diagonal"
     attention: str = "full"
     attention_experts: int = 1
     attention_kv: str = "expert"
@@ -197,6 +204,10 @@ def _check(config: MixturaConfig) -> None:
         )
     if config.shared_expert_intermediate_size and not config.num_experts:
         raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
+    if config.router == "sparsity" and not (config.num_experts and config.norm_topk_prob):
+        raise ValueError(
+            "router='sparsity' needs num_experts, and norm_topk_prob=True: its weights are a softmax of the chosen"
+        )
     if config.shared_combine != "sum" and not config.shared_expert_intermediate_size:
         raise ValueError(
             f"shared_combine={config.shared_combine!r} needs a part that every token visits; set shared_expert_intermediate_size"
