@@ -52,7 +52,9 @@ class Seq2SeqMoEOutput(ModelOutput):
     past_key_values: Any = None
     aux_loss: Tensor | None = None  # part of the loss that the gates cost
     encoder_last_hidden_state: Tensor | None = None  # (B, S, D)
-    routing: tuple[Routing, ...] | None = None  # mixture layers of the encoder, then of the decoder; empty with a cached encoder
+    routing: tuple[Routing, ...] | None = (
+        None  # mixture layers of the encoder, then of the decoder; empty with a cached encoder
+    )
     encoder_routing: tuple[Routing, ...] | None = None
     decoder_routing: tuple[Routing, ...] | None = None
 
@@ -429,7 +431,9 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
             count = (labels != IGNORED).sum().clamp(min=1) if count is None else count
-            loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+            loss = F.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
             loss = loss / count
             if self.training:
                 aux = _balance(encoder_routing, self.config, attention_mask)
