@@ -144,8 +144,8 @@ class TaskMixture(IterableDataset[Batch]):
         noise: options of :func:`denoise`.
         seed: of everything that is drawn.
     Raises:
-        ValueError: an unknown task, no pair or an empty one (it is named), a token that the tokenizer lacks, temperature <= 0, or a
-            size below 1 (length below 4).
+        ValueError: an unknown task, no pair or an empty one (it is named), a token that the tokenizer lacks, temperature
+            <= 0, or a size below 1 (length below 4).
     """
 
     def __init__(

@@ -11,7 +11,7 @@ Source: 2109.10465, sec. 3 (capacity, random token selection) and sec. 4 (the mo
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -41,6 +41,7 @@ class EncoderOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None  # (B, S, D)
     routing: tuple[Routing, ...] | None = None  # one a mixture layer, tokens batch-major
+    attention_mask: Tensor | None = None  # (B, S), which the decoder needs too; `generate` passes it on only where it was given
 
 
 @dataclass
@@ -263,7 +264,9 @@ class Encoder(MultitaskMoEPreTrainedModel):
         for layer in self.layers:
             x, routing = layer(x, tables, attention, mask)
             routings += [routing] if routing is not None else []
-        return EncoderOutput(last_hidden_state=self.norm(x), routing=tuple(routings))
+        return EncoderOutput(
+            last_hidden_state=self.norm(x), routing=tuple(routings), attention_mask=attention_mask
+        )
 
 
 class Decoder(MultitaskMoEPreTrainedModel):
@@ -330,7 +333,8 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
     :meth:`select_with` sets.
 
     Example:
-        >>> config = MultitaskMoEConfig(vocab_size=64, hidden_size=32, heads=4, ffn=48, encoder_layers=2, decoder_layers=2, num_experts=4)
+        >>> shape = {"d_model": 32, "heads": 4, "ffn": 48, "encoder_layers": 2, "decoder_layers": 2, "num_experts": 4}
+        >>> config = MultitaskMoEConfig(vocab_size=64, **shape)
         >>> model = MultitaskMoEForConditionalGeneration(config).eval()
         >>> out = model(input_ids=torch.tensor([[3, 1, 4]]), labels=torch.tensor([[1, 5]]))
         >>> out.logits.shape, len(out.routing)
@@ -410,12 +414,12 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
             if decoder_attention_mask is None:
                 decoder_attention_mask = (labels != IGNORED).long()
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = (input_ids != self.config.pad_token_id).long()
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True
             )
+        if attention_mask is None:
+            attention_mask = getattr(encoder_outputs, "attention_mask", None)
         memory, encoder_routing = encoder_outputs[0], getattr(encoder_outputs, "routing", None) or ()
         if (labels is None if use_cache is None else use_cache) and past_key_values is None:
             past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
@@ -457,8 +461,3 @@ def _balance(routings: tuple[Routing, ...], config: MultitaskMoEConfig, mask: Te
         return torch.zeros(())
     return routing_loss(tuple(r.logits for r in routings), config, mask)
 
-
-def without_graph(routing: Routing) -> Routing:
-    """The same routing cut off from the graph, to be kept."""
-    parts = {name: getattr(routing, name).detach() for name in ("weights", "indices", "logits", "probs")}
-    return replace(routing, **parts)
