@@ -17,7 +17,7 @@ from mixtura.data.package_descriptions import Description, debian_descriptions, 
 __all__ = ["Pairs", "families", "package_pairs"]
 
 LEAST_SHARED = 60  # characters of a first paragraph that marks its descriptions as one family
-LARGEST = 0.001  # share of all descriptions above which a family is only trained on
+LARGEST, FEW = 0.001, 20  # share and number of descriptions above which a family is only trained on
 SHARES = (0.04, 0.04)  # of the families: to choose on, to measure on
 
 Pair = tuple[str, str]
@@ -60,7 +60,7 @@ def package_pairs(
     found = debian_descriptions(("en", *languages), folder=folder, cache=cache)
     family = families(found["en"], source_packages(folder=folder, cache=cache))
     sizes = Counter(family.values())
-    largest = LARGEST * len(family)
+    largest = max(FEW, LARGEST * len(family))
     parts = {name: _part(name, seed) if size <= largest else "train" for name, size in sizes.items()}
     english = {entry.key: entry for entry in found["en"]}
     return {language: _pairs(found[language], english, family, parts) for language in languages}

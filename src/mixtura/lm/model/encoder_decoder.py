@@ -41,7 +41,9 @@ class EncoderOutput(ModelOutput):
 
     last_hidden_state: Tensor | None = None  # (B, S, D)
     routing: tuple[Routing, ...] | None = None  # one a mixture layer, tokens batch-major
-    attention_mask: Tensor | None = None  # (B, S), which the decoder needs too; `generate` passes it on only where it was given
+    attention_mask: Tensor | None = (
+        None  # (B, S), which the decoder needs too; `generate` passes it on only where it was given
+    )
 
 
 @dataclass
@@ -264,9 +266,7 @@ class Encoder(MultitaskMoEPreTrainedModel):
         for layer in self.layers:
             x, routing = layer(x, tables, attention, mask)
             routings += [routing] if routing is not None else []
-        return EncoderOutput(
-            last_hidden_state=self.norm(x), routing=tuple(routings), attention_mask=attention_mask
-        )
+        return EncoderOutput(last_hidden_state=self.norm(x), routing=tuple(routings), attention_mask=attention_mask)
 
 
 class Decoder(MultitaskMoEPreTrainedModel):
@@ -460,4 +460,3 @@ def _balance(routings: tuple[Routing, ...], config: MultitaskMoEConfig, mask: Te
     if not routings or (mask is not None and not bool(mask.any())):
         return torch.zeros(())
     return routing_loss(tuple(r.logits for r in routings), config, mask)
-
