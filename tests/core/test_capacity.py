@@ -142,3 +142,11 @@ def test_no_tokens_and_fewer_tokens_than_experts_are_legal():
 def test_options_that_do_not_fit_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         capacity_select(torch.zeros(2, 1, dtype=torch.long), 2, 1, **options)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_tensor_of_tokens_times_experts_is_made(policy):
+    indices = chosen(n_tokens=4096, n_experts=64, sentinels=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as seen:
+        select(indices, 64, 64, policy)
+    assert max(event.self_cpu_memory_usage for event in seen.events()) <= 4096 * 16

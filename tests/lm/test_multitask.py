@@ -97,6 +97,14 @@ def test_long_texts_are_cut_to_the_length_and_rows_come_in_order(tokenizer):
     assert sorted(data.mono) == ["de", "en"]  # by default every text of the pairs is repaired
 
 
+def test_a_mixture_of_some_languages_draws_no_other(tokenizer):
+    part = mixture(tokenizer).only(["fr"])
+    french = tokenizer.convert_tokens_to_ids("<2fr>")
+    assert all((part.batch_at(step)["input_ids"][:, 1] == french).all() for step in range(4))
+    with pytest.raises(ValueError, match=r"languages must name a target of the task 'mt', got \['en'\]"):
+        mixture(tokenizer).only(["en"])
+
+
 def noised(ids, **options):
     none = {"ratio": 0.0, "drop": 0.0, "blank": 0.0, "shuffle": 0}
     return denoise(ids, mask_id=-1, **none | options)

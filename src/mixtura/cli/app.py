@@ -20,6 +20,7 @@ from mixtura.cli import (
     discover,
     lm,
     outliers,
+    prune,
     regress,
     search,
     separate,
@@ -56,6 +57,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+prune.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)

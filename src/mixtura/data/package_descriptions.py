@@ -162,7 +162,7 @@ def source_packages(*, folder: str | Path | None = None, cache: str | Path | Non
     if not (kept / SOURCES).exists():
         _fetch(kept, ["en"])
     with gzip.open(kept / SOURCES, "rt", encoding="utf-8") as lines:
-        return {binary: source for binary, source in (line.split() for line in lines)}
+        return dict(line.split() for line in lines)
 
 
 def questions_of(entries: Sequence[Description], *, language: str = "en") -> list[Description]:

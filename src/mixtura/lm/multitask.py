@@ -11,6 +11,7 @@ sec. 2.2, and Lample et al. 2018 (1711.00043), sec. 2.3. The paper doesn't say h
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-__all__ = ["MASK", "TASKS", "TaskMixture", "denoise", "language_token", "multitask_tokenizer", "task_token"]
+__all__ = [
+    "MASK",
+    "TASKS",
+    "TaskMixture",
+    "denoise",
+    "language_token",
+    "multitask_tokenizer",
+    "task_token",
+    "texts_by_language",
+    "translate",
+]
 
 TASKS = ("mt", "dae")
 MASK = "<mask>"
@@ -128,6 +139,36 @@ def _infilled(ids: Tensor, budget: int, span: float, mask_id: int, generator: to
     return ids[origin.clamp(max=len(ids) - 1)].masked_fill(is_mask, mask_id)
 
 
+def translate(
+    model: Any, tokenizer: Any, texts: Sequence[str], language: str, *, length: int = 128, **options: Any
+) -> list[str]:
+    """Texts in another language.
+
+    Args:
+        model, tokenizer: of an encoder-decoder that was trained on :class:`TaskMixture`.
+        texts: in a language that it was trained to translate from.
+        language: to translate into.
+        length: longest source in tokens; the rest is cut off. Most new tokens, unless ``max_new_tokens`` is given.
+        options: of ``generate``: ``num_beams``, ``do_sample`` and so on.
+    Raises:
+        ValueError: a language that the tokenizer has no token for.
+    """
+    vocabulary = tokenizer.get_vocab()
+    lead = [task_token("mt"), language_token(language)]
+    if missing := [token for token in lead if token not in vocabulary]:
+        known = sorted(token[2:-1] for token in vocabulary if token.startswith("<2"))
+        raise ValueError(f"the tokenizer lacks {missing}; languages must be among {known}, got {language!r}")
+    device = next(model.parameters()).device
+    rows = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    first = [vocabulary[token] for token in lead]
+    sources = [torch.tensor([*first, *row[: length - 3], tokenizer.eos_token_id]) for row in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(sources, batch_first=True, padding_value=tokenizer.pad_token_id).to(device)
+    made = model.generate(
+        input_ids=ids, attention_mask=(ids != tokenizer.pad_token_id).long(), **{"max_new_tokens": length, **options}
+    )
+    return [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+
+
 class TaskMixture(IterableDataset[Batch]):
     """Batches of a task a step, endless; :meth:`batch_at` gives the one of a step, whatever was drawn before.
 
@@ -174,7 +215,7 @@ class TaskMixture(IterableDataset[Batch]):
         self.batch_size, self.length, self.seed = batch_size, length, seed
         self.noise = dict(noise or {})
         if mono is None:
-            mono = _texts(pairs)
+            mono = texts_by_language(pairs)
         self._check(pairs, mono)
         self.pad = tokenizer.pad_token_id
         self.end = tokenizer.eos_token_id
@@ -212,6 +253,20 @@ class TaskMixture(IterableDataset[Batch]):
         picks = torch.multinomial(weights, self.batch_size, replacement=True, generator=generator).tolist()
         rows = [self._row(task, keys[pick], generator) for pick in picks]
         return self.padded(rows)
+
+    def only(self, languages: Sequence[str]) -> TaskMixture:
+        """The same mixture with these languages as targets alone.
+
+        Raises:
+            ValueError: a task that has none of them.
+        """
+        part = copy.copy(self)
+        part.pairs = {key: texts for key, texts in self.pairs.items() if key[1] in languages}
+        part.mono = {key: texts for key, texts in self.mono.items() if key in languages}
+        for task, texts in (("mt", part.pairs), ("dae", part.mono)):
+            if task in self.tasks and not texts:
+                raise ValueError(f"languages must name a target of the task {task!r}, got {list(languages)}")
+        return part
 
     def rows(self, task: str, key: Any, *, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
         """All rows of a pair (``mt``) or language (``dae``), source and target, in order; for measuring."""
@@ -265,7 +320,7 @@ class TaskMixture(IterableDataset[Batch]):
         return [torch.tensor(row[: self.length], dtype=torch.long) for row in ids]
 
 
-def _texts(pairs: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> dict[str, list[str]]:
+def texts_by_language(pairs: Mapping[tuple[str, str], Sequence[tuple[str, str]]]) -> dict[str, list[str]]:
     """Texts of every language in the pairs, each once, in order."""
     found: dict[str, dict[str, None]] = {}
     for (source, target), part in pairs.items():
