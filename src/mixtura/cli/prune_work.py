@@ -143,5 +143,5 @@ def _pairs(
     mixture, watched = mixture_of(tokenizer, train, mono, **shape), mixture_of(tokenizer, held, {}, **shape)
     if languages:
         mixture, watched = mixture.only(languages), watched.only(languages)
-    batches = [mixture.batch_at(step) for step in range(samples)]
+    batches: list[Mapping[str, Any]] = [mixture.batch_at(step) for step in range(samples)]
     return batches, lambda model: measured(model, watched), ", ".join(languages or known)

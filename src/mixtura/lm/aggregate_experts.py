@@ -44,7 +44,7 @@ def aggregate(a: Any, b: Any, *, preserve_scale: bool = True, rel_tol: float = 0
         raise ValueError(f"a and b must be of one class, got {type(a).__name__} and {type(b).__name__}")
     moe = check_resizable(a)
     rows = {name for block in moe for name in expert_tensors(block)}
-    outputs = {}
+    outputs: dict[str, float] = {}
     for block in moe:
         if preserve_scale and block.scoring.renormalises is not True:
             outputs |= {

@@ -93,7 +93,7 @@ class LimitedExpertsBlock(ExpertsBlock):
         self.gate = WideRouter(own)
         self.experts.config = config  # the engine is looked up there, and the model's may be changed later
         # Tells transformers' engines that an index equal to the number of experts marks a pair to be passed over.
-        self.experts._is_expert_parallel = True
+        cast(Any, self.experts)._is_expert_parallel = True
         self.config, self.n_experts = config, n_experts
         self.generator: torch.Generator | None = None  # of random selection; None: torch's own
 
@@ -368,7 +368,7 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Set it in encoder and decoder."""
-        self.encoder.embed_tokens = self.decoder.embed_tokens = value
+        self.encoder.embed_tokens = self.decoder.embed_tokens = cast(nn.Embedding, value)
 
     def select_with(self, generator: torch.Generator | None) -> None:
         """Let random selection in training draw from this generator; None: torch's own."""

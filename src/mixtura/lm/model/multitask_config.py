@@ -1,6 +1,6 @@
 """What the encoder-decoder is made of: the decoder's fields, and those of its two halves and of their experts' capacity."""
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from mixtura.lm.model.config import MixturaConfig
 
@@ -63,7 +63,7 @@ class MultitaskMoEConfig(MixturaConfig):
     intermediate_size: int = 2048
     encoder_layers: int = 6
     decoder_layers: int = 3
-    num_experts: int | list[int] = 16
+    num_experts: int | list[int] = 16  # type: ignore[assignment]
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
     every: int = 2
@@ -111,7 +111,7 @@ class MultitaskMoEConfig(MixturaConfig):
             if rest:
                 found.append(0)
             else:
-                found.append(int(self.num_experts) if numbers is None else numbers[before + mixture - 1])
+                found.append(cast(int, self.num_experts) if numbers is None else numbers[before + mixture - 1])
         return found
 
 
