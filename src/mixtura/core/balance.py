@@ -3,6 +3,9 @@
 Losses are averages over tokens, without a coefficient: multiply by your own (0.01 is usual for balance, 0.001 for the
 z-loss). Counts carry no gradient. The sentinel index E (no expert here) counts for nobody.
 
+Where the tokens lie in several processes, ``shared`` makes each loss that of all of them: the mean over processes of its values
+and of its gradients is what one process with all tokens gets (`shared_batch`).
+
 Shapes: T tokens, E experts, K experts a token visits.
 """
 
@@ -15,6 +18,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mixtura.core.shared_batch import SharedBatch
 
 __all__ = [
     "BalancePer",
@@ -56,12 +61,13 @@ def expert_counts(indices: Tensor, n_experts: int) -> Tensor:
     return torch.bincount(flat, minlength=n_experts + 1)[:n_experts]
 
 
-def load_balance_loss(probs: Tensor, indices: Tensor) -> Tensor:
+def load_balance_loss(probs: Tensor, indices: Tensor, *, shared: SharedBatch | None = None) -> Tensor:
     """Imbalance of a gate: 1 when experts share the tokens evenly, E when one expert takes them all.
 
     Args:
         probs: gate probabilities before the choice, shape (T, E), rows sum to 1.
         indices: chosen experts, shape (T, K), integers in [0, E]; E is the sentinel.
+        shared: processes that hold the other tokens; None: there are none.
     Returns:
         Scalar without unit; 0 for no tokens. Its gradient reaches ``probs`` only: the counts are constants.
     Raises:
@@ -73,11 +79,13 @@ def load_balance_loss(probs: Tensor, indices: Tensor) -> Tensor:
         >>> load_balance_loss(torch.full((4, 2), 0.5), torch.tensor([[0], [1], [0], [1]]))
         tensor(1.)
     """
-    load_E, importance_E = _load_and_importance(probs, indices)
+    load_E, importance_E = _load_and_importance(probs, indices, shared)
     return (load_E * importance_E).sum()
 
 
-def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+def device_balance_loss(
+    probs: Tensor, indices: Tensor, groups: Sequence[Sequence[int]], *, shared: SharedBatch | None = None
+) -> Tensor:
     """Imbalance between devices that each hold a group of experts: 1 when even between devices.
 
     Within a device experts may be as uneven as they like. With one expert a device it equals `load_balance_loss`;
@@ -87,12 +95,13 @@ def device_balance_loss(probs: Tensor, indices: Tensor, groups: Sequence[Sequenc
         probs: shape (T, E), rows sum to 1.
         indices: shape (T, K), in [0, E].
         groups: expert indices of each device; together every expert exactly once.
+        shared: processes that hold the other tokens.
     Source:
         DeepSeekMoE (2401.06066), eq. 15-17, without the factor alpha.
     """
     n_experts = probs.shape[-1]
     _check_groups(groups, n_experts)
-    load_E, importance_E = _load_and_importance(probs, indices)
+    load_E, importance_E = _load_and_importance(probs, indices, shared)
     terms = [load_E[list(group)].mean() * importance_E[list(group)].sum() for group in groups]
     return torch.stack(terms).sum()
 
@@ -103,6 +112,7 @@ def sequence_balance_loss(
     *,
     groups: Sequence[Sequence[int]] | None = None,
     mask: Tensor | None = None,
+    shared: SharedBatch | None = None,
 ) -> Tensor:
     """`load_balance_loss` of every sequence by itself, then the mean over sequences: stricter than over the batch.
 
@@ -113,6 +123,7 @@ def sequence_balance_loss(
         indices: shape (B, L, K), in [0, E]; E is the sentinel.
         groups: expert indices of each device, for `device_balance_loss` in place of `load_balance_loss`.
         mask: shape (B, L), false at padding, which counts for nobody; None: none is padding.
+        shared: processes that hold the other sequences.
     Returns:
         Scalar without unit; a sequence without tokens is left out, and 0 comes back where all are.
     Raises:
@@ -143,7 +154,8 @@ def sequence_balance_loss(
         _check_groups(groups, experts)
         terms = [load_BE[:, list(group)].mean(1) * importance_BE[:, list(group)].sum(1) for group in groups]
         loss_B = torch.stack(terms).sum(0)
-    return loss_B.sum() / (tokens_B > 0).sum().clamp(min=1)
+    alive = (tokens_B > 0).sum()
+    return loss_B.sum() / (alive.clamp(min=1) if shared is None else shared.mean(alive, loss_B))
 
 
 def _check_groups(groups: Sequence[Sequence[int]], n_experts: int) -> None:
@@ -172,6 +184,7 @@ def balance_loss(
     groups: Sequence[Sequence[int]] | None = None,
     per: BalancePer = "batch",
     mask: Tensor | None = None,
+    shared: SharedBatch | None = None,
 ) -> Tensor:
     """Expert-level plus device-level balance loss, factors applied.
 
@@ -182,6 +195,7 @@ def balance_loss(
         groups: experts of each device; needed when ``device`` is above 0.
         per: over all tokens of the ``batch`` (the paper), or each ``sequence`` by itself (the released model).
         mask: shape (B, L), false at padding.
+        shared: processes that hold the other sequences.
     Source:
         DeepSeekMoE (2401.06066), eq. 12-17.
     """
@@ -193,27 +207,32 @@ def balance_loss(
         if not factor:
             continue
         if per == "sequence":
-            loss = sequence_balance_loss(probs, indices, groups=held, mask=mask)
+            loss = sequence_balance_loss(probs, indices, groups=held, mask=mask, shared=shared)
         else:
             flat = (probs.flatten(0, 1), indices.flatten(0, 1))
             if mask is not None:
                 flat = (flat[0][mask.reshape(-1).bool()], flat[1][mask.reshape(-1).bool()])
-            loss = load_balance_loss(*flat) if held is None else device_balance_loss(*flat, held)
+            if held is None:
+                loss = load_balance_loss(*flat, shared=shared)
+            else:
+                loss = device_balance_loss(*flat, held, shared=shared)
         total = total + factor * loss
     return total
 
 
-def router_z_loss(logits: Tensor) -> Tensor:
+def router_z_loss(logits: Tensor, *, shared: SharedBatch | None = None) -> Tensor:
     """Mean over tokens of the squared log-partition of the logits: keeps them from growing without bound.
 
     Args:
         logits: shape (T, E).
+        shared: processes that hold the other tokens.
     Returns:
         Scalar, in squared logits; 0 for no tokens.
     Source:
         ST-MoE (2202.08906), eq. 5.
     """
-    return _wide(logits).logsumexp(-1).square().sum() / max(logits.shape[0], 1)
+    total = _wide(logits).logsumexp(-1).square().sum()
+    return total / (max(len(logits), 1) if shared is None else shared.mean(len(logits), total))
 
 
 def updated_bias(bias: Tensor, counts: Tensor, *, rate: float = 1e-3) -> Tensor:
@@ -258,16 +277,23 @@ def load_statistics(indices: Tensor, n_experts: int) -> LoadStatistics:
     )
 
 
-def _load_and_importance(probs: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+def _load_and_importance(probs: Tensor, indices: Tensor, shared: SharedBatch | None) -> tuple[Tensor, Tensor]:
     if probs.dim() != 2 or indices.dim() != 2 or len(probs) != len(indices):
         raise ValueError(
             f"probs (T, E) and indices (T, K) must agree in T, got {tuple(probs.shape)} and {tuple(indices.shape)}"
         )
     n_tokens, n_experts = probs.shape
     probs_TE = _wide(probs)
-    counts_E = expert_counts(indices, n_experts).to(probs_TE.dtype)
-    load_E = counts_E * (n_experts / max(indices.numel(), 1))  # 1 each when even
-    return load_E, probs_TE.sum(0) / max(n_tokens, 1)
+    counts_E = expert_counts(indices, n_experts)
+    tokens = counts_E.new_tensor([n_tokens])
+    parts = 1
+    if shared is not None:
+        summed = shared.sum(torch.cat([counts_E, tokens]))
+        counts_E, tokens = summed[:-1], summed[-1:]
+        parts = shared.size
+    tokens = tokens.clamp(min=1).to(probs_TE.dtype)
+    load_E = counts_E.to(probs_TE.dtype) * (n_experts / max(indices.shape[1], 1)) / tokens  # 1 each when even
+    return load_E, probs_TE.sum(0) / (tokens / parts)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mixtura.core.balance import balance_loss, device_split, router_z_loss
 from mixtura.core.measure import bfloat16_over_float32
+from mixtura.core.shared_batch import SharedBatch
 from mixtura.core.sparse_layers import masked_parameters
 from mixtura.core.sparse_training import MaskConfig
 from mixtura.core.training import History, TrainConfig, fit
 from mixtura.lm.anatomy import find_moe, recorded_routing
+from mixtura.lm.token_loss import next_token_loss
 from mixtura.lm.tokens import blocks, mixed_batch_at
 
 __all__ = ["Trainable", "language_loss", "select_trainable", "train"]
@@ -110,7 +111,9 @@ def _moving(
     return MaskConfig(method="static" if steps <= every else masks or "rigl", every=every, seed=seed)
 
 
-def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0.0) -> Tensor:
+def language_loss(
+    model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0.0, shared: SharedBatch | None = None
+) -> Tensor:
     """Next-token loss in nats a token, plus the balancing losses of every mixture layer, averaged over layers.
 
     Args:
@@ -118,34 +121,36 @@ def language_loss(model: Any, ids: Tensor, *, balance: float = 0.0, z: float = 0
         ids: token ids, shape (B, L).
         balance: weight of the load-balance loss (Switch Transformers, 2101.03961, eq. 4).
         z: weight of the router z-loss (ST-MoE, 2202.08906, eq. 5).
+        shared: processes that hold the other rows of the batch; every loss is then that of all rows.
 
     A `MixturaConfig` also says whether balance is asked of the batch or of each sequence, and between which devices.
     """
     config: Any = getattr(model, "config", None)
     device = getattr(config, "device_balance_coef", 0.0) if balance else 0.0
     if balance == 0 and z == 0:
-        return _next_token(model, ids)
+        return _next_token(model, ids, shared)
     with recorded_routing(model) as routings:
-        loss = _next_token(model, ids)
+        loss = _next_token(model, ids, shared)
     for routing in routings.values():
+        logits = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
         if balance:
             even = balance_loss(
-                routing.logits.float().softmax(-1).unflatten(0, (len(ids), -1)),
-                routing.indices.unflatten(0, (len(ids), -1)),
+                logits.softmax(-1).unflatten(0, ids.shape),
+                routing.indices.unflatten(0, ids.shape),
                 expert=balance,
                 device=device,
                 groups=device_split(routing.n_experts, config.device_groups) if device else None,
                 per=getattr(config, "balance_per", "batch"),
+                shared=shared,
             )
             loss = loss + even / len(routings)
         if z:
-            loss = loss + z / len(routings) * router_z_loss(routing.logits.float())
+            loss = loss + z / len(routings) * router_z_loss(logits, shared=shared)
     return loss
 
 
-def _next_token(model: Any, ids: Tensor) -> Tensor:
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten())
+def _next_token(model: Any, ids: Tensor, shared: SharedBatch | None) -> Tensor:
+    return next_token_loss(model(input_ids=ids, use_cache=False).logits, ids, shared=shared)
 
 
 @contextlib.contextmanager

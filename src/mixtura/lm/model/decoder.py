@@ -23,10 +23,12 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 import mixtura.lm.experts_forward  # noqa: F401 (registers experts_implementation="mixtura")
 from mixtura.core.balance import BalancePer, balance_loss, device_split, router_z_loss
 from mixtura.core.gates import top_k
+from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.model.attention import Attention, AttentionMixture, MixturaRotaryEmbedding, _AttentionCore
 from mixtura.lm.model.config import MixturaConfig
 from mixtura.lm.model.latent_attention import LatentAttention
 from mixtura.lm.model.parts import Experts, MixturaRMSNorm, MixturaRouter, make_feed_forward, make_norm
+from mixtura.lm.token_loss import next_token_loss
 
 __all__ = ["MixturaForCausalLM", "MixturaLayer", "MixturaModel", "routing_loss"]
 
@@ -184,11 +186,15 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shared_batch: SharedBatch | None = None,
         **kwargs: Any,
     ) -> MoeCausalLMOutputWithPast:
-        """Token ids (B, L) -> logits (B, kept positions, V); labels (B, L) hold -100 where no loss is wanted."""
+        """Token ids (B, L) -> logits (B, kept positions, V); labels (B, L) hold -100 where no loss is wanted.
+
+        ``shared_batch`` names the processes that hold the other rows: the mean of their losses is then the loss of all rows.
+        """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        gates = self.config.num_experts > 0 and (wanted or (self.training and labels is not None))
+        gates = bool(self.config.num_experts) and (wanted or (self.training and labels is not None))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -204,10 +210,14 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         if self.config.logit_scale != 1.0:
             logits = logits * self.config.logit_scale
         loss = aux = None
-        if labels is not None:
+        if labels is not None and shared_batch is not None:
+            loss = next_token_loss(logits, labels, shared=shared_batch)
+        elif labels is not None:
             loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
         if gates:
-            aux = routing_loss(outputs.router_logits, self.config, attention_mask, rows=len(logits))
+            aux = routing_loss(
+                outputs.router_logits, self.config, attention_mask, rows=len(logits), shared=shared_batch
+            )
             loss = None if loss is None else loss + aux.to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
@@ -246,7 +256,12 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
 
 
 def routing_loss(
-    router_logits: tuple[Tensor, ...], config: MixturaConfig, attention_mask: Tensor | None, *, rows: int = 1
+    router_logits: tuple[Tensor, ...],
+    config: MixturaConfig,
+    attention_mask: Tensor | None,
+    *,
+    rows: int = 1,
+    shared: SharedBatch | None = None,
 ) -> Tensor:
     """Balance and z losses of all layers with experts, weighted as the config says; padding does not count.
 
@@ -255,29 +270,32 @@ def routing_loss(
         config: names the factors and the number of chosen experts.
         attention_mask: (B, L), zero at padding, or None.
         rows: B, for a balance of each sequence.
+        shared: processes that hold the other rows of the batch.
     Returns:
-        Scalar, float32.
+        Scalar, float32 or wider.
     Source: Switch Transformers (2101.03961), eq. 4; ST-MoE (2202.08906), eq. 5; summed over blocks as in BAM (2408.08274);
         between devices: DeepSeekMoE (2401.06066), eq. 15-17.
     """
     total = torch.zeros((), device=router_logits[0].device)
-    groups = device_split(config.num_experts, config.device_groups) if config.device_balance_coef else None
+    between = config.device_groups if config.device_balance_coef else 0
     for logits_TE in router_logits:
-        logits_TE = logits_TE.float()
+        logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         mask_BL = None
         if attention_mask is not None and attention_mask.numel() == len(logits_TE):
             mask_BL = attention_mask.bool()
             rows = len(mask_BL)
         routing = top_k(logits_TE, config.num_experts_per_tok)
+        shape = (rows, len(logits_TE) // max(rows, 1))
         total = total + balance_loss(
-            routing.probs.unflatten(0, (rows, -1)),
-            routing.indices.unflatten(0, (rows, -1)),
+            routing.probs.unflatten(0, shape),
+            routing.indices.unflatten(0, shape),
             expert=config.router_aux_loss_coef,
             device=config.device_balance_coef,
-            groups=groups,
+            groups=device_split(logits_TE.shape[-1], between) if between else None,
             per=cast(BalancePer, config.balance_per),
             mask=mask_BL,
+            shared=shared,
         )
         seen_TE = logits_TE if mask_BL is None else logits_TE[mask_BL.reshape(-1)]
-        total = total + config.router_z_loss_coef * router_z_loss(seen_TE)
+        total = total + config.router_z_loss_coef * router_z_loss(seen_TE, shared=shared)
     return total
