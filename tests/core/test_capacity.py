@@ -5,6 +5,7 @@ import torch
 from scipy.stats import chisquare
 
 from mixtura.core.capacity import capacity, capacity_select
+from mixtura.core.gates import limit_capacity, top_k
 
 POLICIES = ("random", "prefix", "group", "probs")
 
@@ -83,6 +84,13 @@ def test_groups_share_the_limit_out_to_the_last_place(groups):
         assert routed(indices[inside], kept[inside], 5).tolist() == came.clamp(max=part).tolist()
     if groups == 1:
         assert torch.equal(kept, select(indices, 5, limit, "prefix"))
+
+
+def test_a_routing_is_limited_by_group_too():
+    routing = top_k(torch.zeros(8, 2), 1)  # all want expert 0
+    limited = limit_capacity(routing, 4, policy="group", groups=2)
+    assert limited.indices.flatten().tolist() == [0, 0, 2, 2, 0, 0, 2, 2]
+    assert limited.weights.flatten().tolist() == [1, 1, 0, 0, 1, 1, 0, 0]
 
 
 def test_random_selection_is_uniform_over_the_candidates():

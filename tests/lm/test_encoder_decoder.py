@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForSeq2SeqLM
 import mixtura  # noqa: F401 (registers the model type)
 from mixtura.core.balance import load_balance_loss
 from mixtura.core.capacity import capacity
+from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.model import MultitaskMoEConfig, MultitaskMoEForConditionalGeneration
 from mixtura.lm.model.encoder_decoder import LimitedExpertsBlock
 
@@ -140,7 +141,7 @@ def test_the_layout_says_which_tokens_are_the_first(layout, first):
 
 def test_selection_by_group_and_by_gate_follow_their_rules_in_training():
     x = torch.randn(4, 8, 16, generator=seeded(4))
-    made = block(selection="group", selection_groups=2, layout="sequence_major", capacity_factor=1.0).train()
+    made = block(selection="group", capacity_groups=2, layout="sequence_major", capacity_factor=1.0).train()
     torch.nn.init.zeros_(made.gate.weight)
     kept = made.mix(x)[1].indices.view(4, 8) == 0
     assert kept.T.flatten().nonzero().flatten().tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
@@ -193,6 +194,13 @@ def test_the_loss_is_that_of_the_labels_and_of_what_the_gates_wanted():
     torch.testing.assert_close(out.loss, tokens + want)
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_one_process_with_a_shared_batch_has_the_same_loss():
+    model, x, y = small(selection="prefix").train(), ids(3, 6), ids(3, 5, seed=1)
+    y[1, 2:] = -100
+    shared = model(input_ids=x, labels=y, shared_batch=SharedBatch())
+    torch.testing.assert_close(shared.loss, model(input_ids=x, labels=y).loss)
 
 
 def test_the_encoder_sees_both_ways_and_the_decoder_no_later_token():
@@ -256,9 +264,12 @@ def test_checkpointed_layers_draw_the_same_selection_again():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"selection": "first"}, r"selection must be one of \['group', 'prefix', 'probs', 'random'\], got 'first'"),
+        (
+            {"selection": "first"},
+            r"capacity_policy must be one of \['random', 'prefix', 'group', 'probs'\], got 'first'",
+        ),
         ({"layout": "flat"}, r"layout must be one of \['batch_major', 'sequence_major'\], got 'flat'"),
-        ({"capacity_factor": -1.0}, "capacity_factor must be > 0, or 0 for no limit, got -1.0"),
+        ({"capacity_factor": -1.0}, r"capacity_factor must be >= 0 \(0 for no limit\), got -1.0"),
         ({"num_experts": [4, 4]}, r"num_experts must be a number, or 3 of at least 1 for the mixtures, got \[4, 4\]"),
         ({"num_experts_per_tok": 2}, "the encoder-decoder has num_experts_per_tok=1 only, got 2"),
         ({"decoder_layers": 0}, "decoder_layers must be at least 1, got 0"),

@@ -128,6 +128,9 @@ def test_layers_may_keep_different_numbers_where_the_config_can_say_so(tmp_path)
     small.save_pretrained(tmp_path)
     again = MultitaskMoEForConditionalGeneration.from_pretrained(tmp_path).eval()
     torch.testing.assert_close(logits(again, ids()), logits(small, ids()), rtol=0, atol=0)
+    layered = prune(decoder(), None, {"model.layers.0.mlp": 3, "model.layers.1.mlp": 2}, policy="random")
+    layered.save_pretrained(tmp_path / "decoder")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "decoder").config.num_experts == [3, 2]
     plain = tiny_model("mixtral")
     blocks = [b.name for b in find_moe(plain)]
     with pytest.raises(ValueError, match=r"has one number of experts for all layers, got \[3, 2, 2, 2\]"):

@@ -29,11 +29,11 @@ from mixtura.lm.aggregate_experts import aggregate
 from mixtura.lm.model import MultitaskMoEConfig, MultitaskMoEForConditionalGeneration
 from mixtura.lm.multitask import TaskMixture, multitask_tokenizer
 from mixtura.lm.prune_experts import expert_usage, prune
+from mixtura.lm.token_loss import IGNORED
 
 __all__ = ["CLAIM", "SIZES", "Sizes"]
 
 QUARTERS = 4
-IGNORED = -100
 MADE_UP = {"a": "abcdefghij", "b": "klmnopqrst", "c": "uvwxyzABCD"}
 
 Batch = Mapping[str, Tensor]

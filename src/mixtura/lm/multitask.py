@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from mixtura.lm.token_loss import IGNORED
+
 __all__ = [
     "MASK",
     "TASKS",
@@ -33,7 +35,6 @@ __all__ = [
 
 TASKS = ("mt", "dae")
 MASK = "<mask>"
-IGNORED = -100  # label of padding
 
 Batch = dict[str, Tensor]
 

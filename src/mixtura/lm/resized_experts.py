@@ -85,15 +85,17 @@ def set_number(config: Any, numbers: Sequence[int]) -> None:
         raise ValueError(
             f"{type(config).__name__} has none of {list(CONFIG_NAMES)}, so the new number cannot be written"
         )
-    if len(set(numbers)) > 1:
-        if not hasattr(config, "experts_by_layer"):
+    value: Any = max(numbers)
+    if hasattr(config, "experts_by_layer"):
+        config.experts_by_layer = list(numbers) if len(set(numbers)) > 1 else None
+    elif len(set(numbers)) > 1:
+        if not hasattr(config, "experts_of"):
             raise ValueError(
                 f"{type(config).__name__} has one number of experts for all layers, got {list(numbers)}; keep equally many"
             )
-        config.experts_by_layer = list(numbers)
-    elif hasattr(config, "experts_by_layer"):
-        config.experts_by_layer = None
-    setattr(config, name, max(numbers))
+        left = iter(numbers)
+        value = [next(left) if config.experts_of(i) else 0 for i in range(config.num_hidden_layers)]
+    setattr(config, name, value)
 
 
 def row_index(rows: Tensor, tensor: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ Shapes: B batch, L positions (S of the source), T = B L tokens, D width, E exper
 Source: 2109.10465, sec. 3 (capacity, random token selection) and sec. 4 (the model).
 """
 
-import copy
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -25,14 +24,14 @@ from transformers.utils import ModelOutput, can_return_tuple
 import mixtura.lm.experts_forward  # noqa: F401 (registers experts_implementation="mixtura")
 from mixtura.core.capacity import CapacityPolicy, capacity, capacity_select
 from mixtura.core.gates import Routing
+from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.model.attention import Attention, MixturaRotaryEmbedding
 from mixtura.lm.model.decoder import MixturaPreTrainedModel, routing_loss
 from mixtura.lm.model.multitask_config import MultitaskMoEConfig
 from mixtura.lm.model.parts import ExpertsBlock, MixturaRouter, Mlp, make_norm
+from mixtura.lm.token_loss import IGNORED
 
 __all__ = ["LimitedExpertsBlock", "MultitaskMoEForConditionalGeneration", "Seq2SeqMoEOutput"]
-
-IGNORED = -100  # label without loss
 
 
 @dataclass
@@ -65,15 +64,15 @@ class Seq2SeqMoEOutput(ModelOutput):
 class WideRouter(MixturaRouter):
     """Softmax gate in float32, also under autocast; in training its input may be jittered."""
 
-    def __init__(self, config: MultitaskMoEConfig):
-        super().__init__(config)
+    def __init__(self, config: MultitaskMoEConfig, num_experts: int):
+        super().__init__(config, num_experts)
         self.jitter = config.router_jitter
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) -> logits (T, E), float32, weights (T, 1) in the dtype of x, indices (T, 1)."""
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
-            wide_TD = x_TD if x_TD.dtype == torch.float64 else x_TD.float()
+            wide_TD = _wide(x_TD)
             if self.training and self.jitter:
                 wide_TD = wide_TD * torch.empty_like(wide_TD).uniform_(1 - self.jitter, 1 + self.jitter)
             logits_TE = F.linear(wide_TD, self.weight.to(wide_TD.dtype))
@@ -87,11 +86,8 @@ class LimitedExpertsBlock(ExpertsBlock):
     """Experts of which each takes a limited number of tokens; padding takes no place."""
 
     def __init__(self, config: MultitaskMoEConfig, n_experts: int):
-        own = copy.copy(config)
-        own.num_experts = n_experts
-        super().__init__(own)
-        self.gate = WideRouter(own)
-        self.experts.config = config  # the engine is looked up there, and the model's may be changed later
+        super().__init__(config, n_experts)
+        self.gate = WideRouter(config, n_experts)
         # Tells transformers' engines that an index equal to the number of experts marks a pair to be passed over.
         cast(Any, self.experts)._is_expert_parallel = True
         self.config, self.n_experts = config, n_experts
@@ -122,7 +118,7 @@ class LimitedExpertsBlock(ExpertsBlock):
         if not factor:
             return indices_T1 < self.n_experts
         limit = capacity(n_tokens, self.n_experts, factor, minimum=config.min_capacity)
-        policy = cast(CapacityPolicy, config.selection if self.training else "prefix")
+        policy = cast(CapacityPolicy, config.capacity_policy if self.training else "prefix")
         turned = config.layout == "sequence_major"
 
         def laid_out(values_T1: Tensor) -> Tensor:
@@ -134,7 +130,7 @@ class LimitedExpertsBlock(ExpertsBlock):
             limit,
             policy=policy,
             probs=laid_out(weights_T1) if policy == "probs" else None,
-            groups=config.selection_groups if policy == "group" else 1,
+            groups=config.capacity_groups if policy == "group" else 1,
             generator=self.generator if policy == "random" else None,
         )
         return kept_T1.view(shape[1], shape[0]).T.reshape(-1, 1) if turned else kept_T1
@@ -395,6 +391,7 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        shared_batch: SharedBatch | None = None,
         **kwargs: Any,
     ) -> Seq2SeqMoEOutput:
         """Source ids (B, S) and either labels or decoder ids (B, L) -> logits (B, L, V).
@@ -407,6 +404,7 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
             past_key_values: an ``EncoderDecoderCache``.
             labels: (B, L), -100 where no loss is wanted.
             use_cache: keep keys and values; by default where there are no labels.
+            shared_batch: processes that hold the other rows: the mean of their losses is then the loss of all rows.
         """
         if decoder_input_ids is None:
             if labels is None:
@@ -433,15 +431,18 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         logits = self.lm_head(hidden)
         loss = aux = None
         if labels is not None:
-            count = kwargs.get("num_items_in_batch")
-            count = (labels != IGNORED).sum().clamp(min=1) if count is None else count
-            loss = F.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            total = F.cross_entropy(
+                _wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
             )
-            loss = loss / count
+            count = (labels != IGNORED).sum()
+            if shared_batch is not None:
+                loss = total / shared_batch.mean(count, total)
+            else:
+                items = kwargs.get("num_items_in_batch")
+                loss = total / (count.clamp(min=1) if items is None else items)
             if self.training:
-                aux = _balance(encoder_routing, self.config, attention_mask)
-                aux = aux + _balance(decoder_routing, self.config, decoder_attention_mask).to(aux.device)
+                aux = _balance(encoder_routing, self.config, attention_mask, shared_batch)
+                aux = aux + _balance(decoder_routing, self.config, decoder_attention_mask, shared_batch).to(aux.device)
                 loss = loss + aux.to(loss.device)
         return Seq2SeqMoEOutput(
             loss=loss,
@@ -455,8 +456,14 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         )
 
 
-def _balance(routings: tuple[Routing, ...], config: MultitaskMoEConfig, mask: Tensor | None) -> Tensor:
+def _balance(
+    routings: tuple[Routing, ...], config: MultitaskMoEConfig, mask: Tensor | None, shared: SharedBatch | None
+) -> Tensor:
     """What uneven gates cost, of what they wanted; 0 where every token is padding."""
-    if not routings or (mask is not None and not bool(mask.any())):
+    if not routings or (shared is None and mask is not None and not bool(mask.any())):
         return torch.zeros(())
-    return routing_loss(tuple(r.logits for r in routings), config, mask)
+    return routing_loss(tuple(r.logits for r in routings), config, mask, shared=shared)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()

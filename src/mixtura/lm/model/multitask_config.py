@@ -6,7 +6,6 @@ from mixtura.lm.model.config import MixturaConfig
 
 __all__ = ["MultitaskMoEConfig"]
 
-SELECTIONS = ("random", "prefix", "group", "probs")
 LAYOUTS = ("batch_major", "sequence_major")
 PLAIN: dict[str, Any] = {  # parts of the decoder that the encoder-decoder doesn't have
     "attention": "full",
@@ -16,6 +15,8 @@ PLAIN: dict[str, Any] = {  # parts of the decoder that the encoder-decoder doesn
     "clip_qkv": None,
     "sliding_window": None,
     "shared_expert_intermediate_size": 0,
+    "shared_combine": "sum",
+    "router_float32": True,
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
     "embed_scale": 1.0,
@@ -29,18 +30,14 @@ PLAIN: dict[str, Any] = {  # parts of the decoder that the encoder-decoder doesn
 class MultitaskMoEConfig(MixturaConfig):
     """Shape of a :class:`~mixtura.lm.model.encoder_decoder.MultitaskMoEForConditionalGeneration`.
 
-    Beside the fields of :class:`~mixtura.lm.model.MixturaConfig`, of which ``d_model``, ``heads`` and ``ffn`` are other names for
-    ``hidden_size``, ``num_attention_heads`` and ``intermediate_size``:
+    Beside the fields of :class:`~mixtura.lm.model.MixturaConfig`, of which ``d_model``, ``heads``, ``ffn`` and ``selection`` are
+    other names for ``hidden_size``, ``num_attention_heads``, ``intermediate_size`` and ``capacity_policy``:
 
     Attributes:
         encoder_layers, decoder_layers: layers of each half.
         num_experts: experts of a mixture; a list has one number for each mixture, those of the encoder first; 0: no mixtures.
         every: every so many-th feed-forward part of each half is a mixture, beginning with the ``every``-th layer.
-        capacity_factor, eval_capacity_factor: places of an expert over its even share of the tokens, in training and in
-            evaluation; 0: no limit.
-        min_capacity: places that an expert has at least.
-        selection: who gets the places in training: ``random``, ``prefix`` (first come), ``group`` (first come in each of
-            ``selection_groups`` spans) or ``probs`` (largest gate). In evaluation the first to come.
+        capacity_factor, eval_capacity_factor: 1 in training and 2 in evaluation here; padding is not counted.
         layout: order of tokens in which "first" is meant: ``batch_major`` (sentence after sentence) or ``sequence_major`` (all
             first positions, then all second ones, as fairseq and Megatron hold them).
         router_jitter: the gate's input is multiplied by uniform numbers in 1 +- jitter, in training; 0.01 in the paper's code.
@@ -56,6 +53,7 @@ class MultitaskMoEConfig(MixturaConfig):
         "d_model": "hidden_size",
         "heads": "num_attention_heads",
         "ffn": "intermediate_size",
+        "selection": "capacity_policy",
     }
 
     is_encoder_decoder: bool = True
@@ -63,18 +61,16 @@ class MultitaskMoEConfig(MixturaConfig):
     intermediate_size: int = 2048
     encoder_layers: int = 6
     decoder_layers: int = 3
-    num_experts: int | list[int] = 16  # type: ignore[assignment]
+    num_experts: int | list[int] = 16
     num_experts_per_tok: int = 1
     norm_topk_prob: bool = False
     every: int = 2
     capacity_factor: float = 1.0
     eval_capacity_factor: float = 2.0
-    min_capacity: int = 4
-    selection: str = "random"
-    selection_groups: int = 4
     layout: str = "batch_major"
     router_jitter: float = 0.0
     router_z_loss_coef: float = 0.0
+    router_float32: bool = True
     tie_word_embeddings: bool = True
     decoder_start_token_id: int = 0
     experts_by_layer: list[int] | None = None
@@ -119,14 +115,8 @@ def _check(config: MultitaskMoEConfig) -> None:
     for name, plain in PLAIN.items():
         if getattr(config, name) != plain:
             raise ValueError(f"the encoder-decoder has {name}={plain!r} only, got {getattr(config, name)!r}")
-    for name, known in (("selection", SELECTIONS), ("layout", LAYOUTS)):
-        if getattr(config, name) not in known:
-            raise ValueError(f"{name} must be one of {sorted(known)}, got {getattr(config, name)!r}")
-    for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
-        if getattr(config, name) < 0:
-            raise ValueError(f"{name} must be > 0, or 0 for no limit, got {getattr(config, name)}")
-    if config.selection_groups < 1:
-        raise ValueError(f"selection_groups must be at least 1, got {config.selection_groups}")
+    if config.layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {sorted(LAYOUTS)}, got {config.layout!r}")
     if not 0 <= config.router_jitter < 1:
         raise ValueError(f"router_jitter must be in [0, 1), got {config.router_jitter}")
     mixtures = config.encoder_layers // config.every + config.decoder_layers // config.every

@@ -99,6 +99,7 @@ class MixturaRouter(nn.Module):
         self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
         self.min_capacity = config.min_capacity
         self.policy = cast(CapacityPolicy, config.capacity_policy)
+        self.groups = config.capacity_groups
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,7 +114,8 @@ class MixturaRouter(nn.Module):
         factor = self.capacity_factors[0 if self.training else 1]
         if factor:
             limit = capacity(len(x_TD), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
-            routing = limit_capacity(routing, limit, policy=self.policy if self.training else "prefix")
+            policy = self.policy if self.training else "prefix"
+            routing = limit_capacity(routing, limit, policy=policy, groups=self.groups if policy == "group" else 1)
         return logits_TE, routing.weights.to(x.dtype), routing.indices
 
 
