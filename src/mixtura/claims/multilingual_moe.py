@@ -49,7 +49,7 @@ class Sizes:
         vocabulary, width, hidden, heads, encoder, decoder, experts: the model.
         length, batch, steps: longest row in tokens, rows a step, steps.
         grid, grid_steps: learning rates of dense and of experts, and the steps after which one is chosen.
-        shares: of the steps, of the mixture's shorter runs.
+        shares: of the steps, of the mixture's shorter runs, until one is below the dense model.
         related, continued: steps of each branch (ancestor included), and of what is trained on after joining.
         keep, language: experts that pruning keeps, and the language that it is for.
         device: where it runs.
@@ -68,8 +68,8 @@ class Sizes:
     length: int = 64
     batch: int = 16
     steps: int = 600
-    grid: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
-    grid_steps: int = 150
+    grid: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)
+    grid_steps: int = 120
     shares: tuple[float, ...] = (0.5, 0.7, 0.85)
     related: int = 400
     continued: int = 80
@@ -334,6 +334,8 @@ def _efficiency(
     for share in sizes.shares:
         model, _ = _trained(sizes, data, sizes.experts, round(share * sizes.steps), experts["lr"], seed)
         curve[share] = _losses(model, data.test, sizes)[0]
+        if curve[share] <= goal:  # longer runs would say nothing more about the ratio
+            break
     model, drops = _trained(sizes, data, sizes.experts, sizes.steps, experts["lr"], seed)
     curve[1.0] = _losses(model, data.test, sizes)[0]
     figures = {
