@@ -13,7 +13,19 @@ import pytest
 
 from mixtura.cli import main
 
-COMMANDS = ("demo", "systems", "show", "claim", "upcycle", "train", "compress", "prune", "generate", "inspect", "compare")
+COMMANDS = (
+    "demo",
+    "systems",
+    "show",
+    "claim",
+    "upcycle",
+    "train",
+    "compress",
+    "prune",
+    "generate",
+    "inspect",
+    "compare",
+)
 
 
 @dataclass

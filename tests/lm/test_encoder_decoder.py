@@ -240,6 +240,16 @@ def test_the_model_comes_back_from_disk_to_the_bit_by_its_auto_class(tmp_path):
     assert again.lm_head.weight is again.decoder.embed_tokens.weight is again.encoder.embed_tokens.weight
 
 
+def test_the_embedding_may_be_scaled_where_it_is_read_and_not_where_it_predicts():
+    model, plain, x = small(embed_scale=3.0), small(), ids()
+    want = plain.encoder(inputs_embeds=3 * plain.encoder.embed_tokens(x), attention_mask=torch.ones_like(x))
+    torch.testing.assert_close(model.encoder(input_ids=x).last_hidden_state, want.last_hidden_state)
+    hidden, _ = model.decoder(x, want.last_hidden_state)
+    logits = model(encoder_outputs=(want.last_hidden_state,), decoder_input_ids=x).logits
+    torch.testing.assert_close(logits, hidden @ plain.lm_head.weight.T)
+    assert not torch.equal(hidden, plain.decoder(x, want.last_hidden_state)[0])
+
+
 def test_gates_stay_in_float32_under_autocast():
     model = small()
     with torch.autocast("cpu", torch.bfloat16):

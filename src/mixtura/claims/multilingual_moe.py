@@ -250,6 +250,7 @@ def _model(sizes: Sizes, data: Data, experts: int, seed: int, selection: str) ->
         selection=selection,
         layout="sequence_major",
         initializer_range=sizes.width**-0.5,
+        embed_scale=sizes.width**0.5,  # else what attention averages drowns the tokens, and gates see them all alike
         max_position_embeddings=sizes.length,
         pad_token_id=data.tokenizer.pad_token_id,
         eos_token_id=data.tokenizer.eos_token_id,

@@ -252,7 +252,7 @@ class Encoder(MultitaskMoEPreTrainedModel):
         """Token ids (B, S) or embeddings (B, S, D); the mask (B, S) is zero at padding and by default where the pad token is."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = _embedded(self, input_ids) if inputs_embeds is None else inputs_embeds
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = None if attention_mask is None else attention_mask.bool()
@@ -291,7 +291,7 @@ class Decoder(MultitaskMoEPreTrainedModel):
         ``attention_mask`` (B, L), or (B, past and L), is zero at padding; by default padding is the pad token behind the first
         position, which is how finished sequences look while others are still generated.
         """
-        config, x = self.config, self.embed_tokens(input_ids)
+        config, x = self.config, _embedded(self, input_ids)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         if attention_mask is not None:
@@ -316,6 +316,12 @@ class Decoder(MultitaskMoEPreTrainedModel):
             x, routing = layer(x, tables, attention, mask, memory, memory_attention, past_key_values=past_key_values)
             routings += [routing] if routing is not None else []
         return self.norm(x), tuple(routings)
+
+
+def _embedded(half: Any, ids: Tensor) -> Tensor:
+    x: Tensor = half.embed_tokens(ids)
+    scale = half.config.embed_scale
+    return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
 
 class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, GenerationMixin):

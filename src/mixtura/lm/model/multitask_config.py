@@ -19,7 +19,6 @@ PLAIN: dict[str, Any] = {  # parts of the decoder that the encoder-decoder doesn
     "router_float32": True,
     "num_experts_per_tok": 1,
     "norm_topk_prob": False,
-    "embed_scale": 1.0,
     "logit_scale": 1.0,
     "lm_head_bias": False,
     "device_balance_coef": 0.0,
