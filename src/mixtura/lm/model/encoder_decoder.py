@@ -252,10 +252,11 @@ class Encoder(MultitaskMoEPreTrainedModel):
         """Token ids (B, S) or embeddings (B, S, D); the mask (B, S) is zero at padding and by default where the pad token is."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = _embedded(self, input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds if input_ids is None else _embedded(self, input_ids)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = None if attention_mask is None else attention_mask.bool()
+        assert x is not None
         attention = create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=attention_mask)
         tables = self.rotary_emb(x, position_ids=torch.arange(x.shape[1], device=x.device)[None])
         routings = []
