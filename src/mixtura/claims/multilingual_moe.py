@@ -205,7 +205,10 @@ def _data(sizes: Sizes, seed: int) -> Data:
 
 def _texts(sizes: Sizes, seed: int) -> tuple[dict[Any, Any], dict[Any, Any], dict[Any, Any]]:
     if not sizes.languages:  # so that smoke needs no system package: numbers, their digits written in three alphabets
-        numbers = [[3 * str(i * 7919 + seed * 101 + part) for i in range(n)] for part, n in ((0, 40), (1, 8), (2, 8))]
+        numbers = [
+            [3 * str(i * 7919 + seed * 101 + part) for i in range(n)]
+            for part, n in ((0, 40), (1, sizes.held), (2, sizes.held))
+        ]
         alphabets = {name: str.maketrans("0123456789", letters) for name, letters in MADE_UP.items()}
         made = [
             {("en", name): [(n, n.translate(alphabet)) for n in part] for name, alphabet in alphabets.items()}
@@ -530,11 +533,11 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "Rows of 64 tokens, 600 updates of about 2,000 tokens: far from converged, and too short to translate well; losses only. "
+        "Rows of 64 tokens, 600 updates of about 2,000 tokens: far from converged and too short to translate well; losses only. "
         "The ratio counts updates: one of the mixture took 1.2 times the processor time of a dense one. It stops at the first "
         "shorter run that is below the dense model, so 0.5 means at most a half. Tokens without a place are counted in the last "
-        "third of the training: earlier the gates send most tokens to few experts, and more than half of them find none, whoever "
-        "chooses (drops_by_third). No bar on the loss of the whole text by selection, reported at capacity 1, 2 and without limit. "
+        "third of the training: earlier the gates send most tokens to few experts, and more than half find none, whoever chooses "
+        "(drops_by_third). No bar on the loss of the whole text by selection, reported at capacity 1, 2 and without limit. "
         "Aggregation and pruning are reported and not judged: the joined model has gone 1.5 times the steps of a branch in all, "
         "as many as the one from scratch. The paper's 64 experts, 0.7B parameters and 336B tokens are out of reach here."
     ),
