@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from parallel_models import MODELS, TINY, even_model
 from process_group import in_processes
 from tiny_models import tiny_model
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from mixtura.core.gates import top_k
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.anatomy import find_moe, recorded_routing
-from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
+from mixtura.lm.model import MixturaForCausalLM
 from mixtura.lm.parallel import clip_gradients, gather_experts, make_mesh, parallelize_experts, reduce_gradients
 from mixtura.lm.parallel.experts import _Layout, parallel_experts, single_name
 from mixtura.lm.parallel.gradients import expert_rules
@@ -24,40 +25,6 @@ from mixtura.lm.training import language_loss
 STEPS, LENGTH = 10, 6
 PARTS = [0, 3, 4, 5, 7]  # rows of the four parts of a batch: 3, 1, 1 and 2; of two halves: 4 and 3
 SILENT = 4  # a row, all that one process has, of which no loss is wanted
-TINY = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 8,
-    "router_aux_loss_coef": 0.5,  # large, so that a mistake in it shows
-    "router_z_loss_coef": 0.1,
-    "attn_implementation": "eager",
-}
-EVEN = {"num_hidden_layers": 2, "num_experts": 4, "shared_expert_intermediate_size": 8, "dense_layers": [0]}
-
-
-def even_model():
-    """A dense layer and one of four experts with a shared one beside them, balance by sequence and by device."""
-    torch.manual_seed(1)
-    config = MixturaConfig(**TINY, **EVEN, balance_per="sequence", device_balance_coef=0.3, device_groups=2)
-    config._experts_implementation = "eager"
-    return MixturaForCausalLM(config).double()
-
-
-def pyramid_model():
-    """Two experts, then four, one a token; expert 3 scores the mean of the others, so it is never the best at the start."""
-    torch.manual_seed(2)
-    config = MixturaConfig(**TINY, num_hidden_layers=2, num_experts=[2, 4], num_experts_per_tok=1, norm_topk_prob=False)
-    config._experts_implementation = "mixtura"
-    model = MixturaForCausalLM(config)
-    with torch.no_grad():
-        gate = model.model.layers[1].mlp.gate.weight
-        gate[3] = gate[:3].mean(0)
-    return model.double()
-
-
-MODELS = {"even": even_model, "pyramid": pyramid_model}
 FOUR = [
     ("even", {"expert": 4}, "direct"),
     ("even", {"expert": 1}, "direct"),

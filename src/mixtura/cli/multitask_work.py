@@ -1,5 +1,6 @@
 """What ``train`` and ``prune`` do with the encoder-decoder: pairs in, a translator of many languages out."""
 
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -103,6 +104,7 @@ def train_multitask(
     dry_run: bool,
     command: str,
     say: Say,
+    parallel: str | None = None,
 ) -> None:
     """Train a new or an old encoder-decoder on pairs; an unfinished run's state stands in ``out.state``."""
     from mixtura.core.training import TrainConfig, fit
@@ -112,6 +114,8 @@ def train_multitask(
     new = source.endswith(".json")
     if not new:
         check_writable(out, [source])
+    if parallel or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("the encoder-decoder is trained by one process here; leave --parallel and torchrun away")
     if options["trainable"] != "all" or "masks" in options:
         raise ValueError("--trainable and --masks are for decoders; the encoder-decoder trains as a whole")
     train, held, mono = texts_of(text)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -11,7 +11,10 @@ from mixtura.core.measure import Meter
 from mixtura.data.texts import Corpus, corpus, read_texts, split
 from mixtura.lm import cost, loading
 
-__all__ = ["compare", "compress", "convert", "demo", "generate", "inspect", "train", "upcycle"]
+if TYPE_CHECKING:
+    from mixtura.lm.parallel.training import ExpertParallel
+
+__all__ = ["compare", "compress", "convert", "demo", "expert_counts", "generate", "inspect", "train", "upcycle"]
 
 Say = Callable[[str], None]
 
@@ -34,12 +37,7 @@ def upcycle(
 
     check_device(device)
     check_writable(out, sources)
-    dense = cost.model_size(loading.empty_model(loading.load_config(sources[0])))
-    copies = options.get("n_experts", len(sources))
-    # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
-    total = round(dense.total * (1 + 0.67 * (copies - 1)))
-    active = round(dense.total * (1 + 0.67 * (options["top_k"] - 1)))
-    say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(cost.Size(total, active), forward_tokens=0)}")
+    say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(_upcycled(sources, method, options))}")
     if dry_run:
         return
     pairs = [loading.load(source, device=device) for source in sources]
@@ -65,6 +63,37 @@ def upcycle(
     say(_served(model))
 
 
+def _upcycled(sources: Sequence[str], method: str, options: Mapping[str, Any]) -> cost.Size:
+    """Parameters of the mixture before it is built; exact for a pyramid, whose layers differ."""
+    config = loading.load_config(sources[0])
+    if method == "pyramid":
+        from mixtura.lm.families import FAMILIES
+        from mixtura.lm.model import MixturaConfig
+        from mixtura.lm.upcycle.pyramid import PyramidConfig, mixture_config
+
+        if config.model_type in FAMILIES:  # any other is refused when it is read
+            ours = MixturaConfig(**FAMILIES[config.model_type].fields(config))
+            pyramid = PyramidConfig(num_experts=options["n_experts"], combine=options["combine"])
+            return cost.model_size(loading.empty_model(mixture_config(ours, pyramid)))
+    dense = cost.model_size(loading.empty_model(config))
+    copies = options.get("n_experts", len(sources))
+    copies = max(copies) if isinstance(copies, list) else copies
+    # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
+    total = round(dense.total * (1 + 0.67 * (copies - 1)))
+    return cost.Size(total, round(dense.total * (1 + 0.67 * (options["top_k"] - 1))))
+
+
+def expert_counts(text: str) -> list[int]:
+    """Experts of each layer as people write them: ``8``, ``4,4,8,8`` or ``4x2,8x2``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        number, _, times = part.strip().partition("x")
+        if not number.isdecimal() or not (times or "1").isdecimal() or int(number) < 1 or int(times or 1) < 1:
+            raise ValueError(f"--experts must be whole numbers above 0, as in 8 or 4,4,8,8 or 4x2,8x2, got {text!r}")
+        counts += [int(number)] * int(times or 1)
+    return counts
+
+
 def train(
     source: str,
     out: Path,
@@ -75,8 +104,28 @@ def train(
     dry_run: bool,
     command: str,
     say: Say,
+    parallel: str | None = None,
 ) -> None:
     """Train a checkpoint, or a new model of a config file, into ``out``; an unfinished run's state stands in ``out.state``."""
+    from mixtura.cli.train_parallel import team_of
+
+    check_device(device)
+    with team_of(parallel, device, say) as (team, device, say):
+        _train(source, out, text, options, team, device=device, dry_run=dry_run, command=command, say=say)
+
+
+def _train(
+    source: str,
+    out: Path,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    team: "ExpertParallel | None",
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
     import shutil
 
     from mixtura.cli.train_new import config_of, is_config, start
@@ -84,7 +133,7 @@ def train(
     from mixtura.lm.evaluate import perplexity
     from mixtura.lm.tokens import blocks
 
-    check_device(device)
+    leads = team is None or team.leads
     domains = domains_of(text)
     tokens = options["steps"] * options["batch_size"] * options["length"]
     new = is_config(source)
@@ -93,17 +142,27 @@ def train(
     if dry_run:
         return
     drawn = out.with_name(f"{out.name}.start")
-    begin = start(source, drawn, text, options["seed"], command=command, say=say) if new else source
+    begin = str(drawn) if new else source
+    if new and leads:
+        start(source, drawn, text, options["seed"], command=command, say=say)
+    if team is not None:
+        team.wait()
     model, tokenizer = loading.load(begin, dtype=torch.float32, device=device)
     held_out = {
         n: blocks(tokenizer, c.held_out, options["length"], limit=8)
         for n, c in domains.items()
         if _enough(tokenizer, c, options["length"])
     }
-    before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
+    before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()} if leads else {}
     state = out.with_name(f"{out.name}.state")
     texts = {name: part.train for name, part in domains.items()}
-    history = run(model, tokenizer, texts, out=state, **options)
+    history = run(model, tokenizer, texts, out=state, team=team, **options)
+    if team is not None:
+        trained = team.state(model)
+        if not leads:
+            return
+        model = loading.load(begin, dtype=torch.float32, device=device)[0]
+        model.load_state_dict(trained)
     if history.resumed_at:
         say(f"went on from step {history.resumed_at}")
     after = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()}
@@ -111,10 +170,11 @@ def train(
     for name in held_out:
         figures[f"held-out perplexity, {name}"] = f"{before[name]:.2f} -> {after[name]:.2f}"
         say(f"{name}: held-out perplexity {before[name]:.2f} -> {after[name]:.2f}")
+    how = "" if team is None else f", by {team}"
     card = {
         "title": out.name,
         "base": ["random weights" if new else source],
-        "recipe": f"Trained with mixtura ({_listed(options)}).",
+        "recipe": f"Trained with mixtura ({_listed(options)}){how}.",
         "data": f"{tokens:,} tokens of {', '.join(domains)}",
         "command": command,
         "figures": figures,

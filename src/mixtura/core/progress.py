@@ -12,14 +12,14 @@ __all__ = ["bar", "progress"]
 T = TypeVar("T")
 
 
-def bar(*, desc: str, unit: str, total: int | None = None, initial: int = 0) -> Any:
+def bar(*, desc: str, unit: str, total: int | None = None, initial: int = 0, hidden: bool = False) -> Any:
     """A tqdm bar to update by hand, on standard error.
 
     It is off when the environment variable ``MIXTURA_PROGRESS`` is ``0``, and when standard error is no terminal and
-    the variable is unset: a log file gains nothing from a thousand carriage returns.
+    the variable is unset: a log file gains nothing from a thousand carriage returns. ``hidden`` turns it off anyway.
     """
     wanted = os.environ.get("MIXTURA_PROGRESS")
-    off = wanted == "0" or (wanted is None and not sys.stderr.isatty())
+    off = hidden or wanted == "0" or (wanted is None and not sys.stderr.isatty())
     return tqdm(desc=desc, unit=unit, total=total, initial=initial, disable=off, dynamic_ncols=True, leave=False)
 
 

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from mixtura.core.checkpoint import atomic_directory, read_json, write_json
 from mixtura.core.progress import bar
 from mixtura.core.sparse_layers import masked_parameters
 from mixtura.core.sparse_training import MaskConfig, MaskOptimizer
+from mixtura.core.team import Alone, first_not_finite
 
 __all__ = ["History", "NonFiniteLoss", "TrainConfig", "fit", "learning_rate"]
 
@@ -120,6 +122,7 @@ def fit(
     masks: MaskConfig | None = None,
     stop: int | None = None,
     carried: Mapping[str, Tensor] | None = None,
+    team: Alone | None = None,
 ) -> History:
     """Train the parameters of ``model`` that require gradients.
 
@@ -138,10 +141,12 @@ def fit(
             branches of one run.
         carried: what changes from step to step without a gradient, such as a queue or a slowly following network: saved with
             every checkpoint, and overwritten in place from it on resuming. Running statistics of norms are carried anyway.
+        team: the processes over which the model is spread; checkpoints are those of one process, whatever the team, so a run
+            may go on in another. None: this process alone.
     Returns:
         Losses, one a step, those before a resumption included.
     Raises:
-        NonFiniteLoss: with the step; the optimizer has not moved.
+        NonFiniteLoss: with the step, the first layer where it shows, and the last checkpoint; the optimizer has not moved.
         ValueError: the checkpoint in ``out`` is of another model, data or schedule (first difference named), or ``masks``
             for a model that has none.
     """
@@ -152,7 +157,8 @@ def fit(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so there is nothing to train")
-    optimizer = _optimizer(trained, config)
+    team = team or Alone()
+    optimizer = _optimizer(trained, config, team)
     moving = None
     if masks is not None or any(found.parameter.requires_grad for found in masked_parameters(model).values()):
         moving = MaskOptimizer(model, optimizer, masks or MaskConfig(method="static"), total_steps=config.steps)
@@ -162,21 +168,28 @@ def fit(
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
     if out is not None and resume and (out / META).exists():
-        history.losses = _restore(out, trained, optimizer, facts, moving, kept)
+        history.losses = _restore(out, trained, optimizer, facts, moving, kept, team)
         first = history.resumed_at = len(history.losses)
         log.info("resumed %s at step %d from %s", label, first, out)
     mode = model.training
     model.train()
     step = first
     try:
-        with bar(desc=label, unit="step", total=config.steps, initial=first) as shown:
+        with bar(desc=label, unit="step", total=config.steps, initial=first, hidden=not team.leads) as shown:
             for step in range(first, min(config.steps, stop or config.steps)):
-                history.losses.append(_step(trained, loss_at, moving or optimizer, step, config))
+                history.losses.append(_step(model, trained, loss_at, moving or optimizer, step, config, team))
+                team.settle(step, model, optimizer)
                 shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
                 shown.update()
                 due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0
                 if out is not None and (due or step + 1 == stop):
-                    _save(out, trained, optimizer, history, facts, moving, kept)
+                    _save(out, trained, optimizer, history, facts, moving, kept, team)
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(f"{error}{_kept(out)}") from error
+    except RuntimeError as error:
+        if (more := team.explained(error, f"at step {step}{_kept(out)}")) is not None:
+            raise more from error
+        raise
     except KeyboardInterrupt:
         log.warning("interrupted at step %d; the last checkpoint resumes", step)
         raise
@@ -185,11 +198,21 @@ def fit(
     return history
 
 
-def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+def _kept(out: Path | None) -> str:
+    if out is None or not (out / META).exists():
+        return ""
+    return f"; the last good checkpoint, in {out}, is of {len(read_json(out / META)['losses'])} steps"
+
+
+def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig, team: Alone) -> torch.optim.Optimizer:
     matrices = [p for p in trained.values() if p.dim() >= 2]
     vectors = [p for p in trained.values() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    groups = [
+        {"params": part, "weight_decay": decay}
+        for parameters, decay in ((matrices, config.weight_decay), (vectors, 0.0))
+        for part in team.groups(parameters)
+        if part
+    ]
     if config.optimizer == "sgd":
         momentum = config.betas[0]
         return torch.optim.SGD(groups, lr=config.lr, momentum=momentum, nesterov=momentum > 0, fused=True)
@@ -197,33 +220,46 @@ def _optimizer(trained: Mapping[str, nn.Parameter], config: TrainConfig) -> torc
 
 
 def _step(
+    model: nn.Module,
     trained: Mapping[str, nn.Parameter],
     loss_at: Callable[[int], Tensor],
     optimizer: torch.optim.Optimizer | MaskOptimizer,
     step: int,
     config: TrainConfig,
+    team: Alone,
 ) -> float:
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(config.accumulate):
-        loss = _seeded(loss_at, step * config.accumulate + part, config.seed) / config.accumulate
-        if not torch.isfinite(loss):
+        index = step * config.accumulate + part
+        loss = _seeded(loss_at, index, config.seed) / config.accumulate
+        value = team.mean(loss).item()
+        if not math.isfinite(value):
+            layer = first_not_finite(model, partial(_seeded, loss_at, index, config.seed), team)
             raise NonFiniteLoss(
-                f"the loss became {loss.item()} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
+                f"the loss became {value} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
+                + (f"; it shows first in {layer}" if layer else "")
             )
         loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.item()
+        total += value
+    team.reduce(model)
     if isinstance(optimizer, MaskOptimizer):
         optimizer.mask_gradients()  # before clipping: what inactive weights would like is no part of the norm
     if config.clip:
-        norm = nn.utils.clip_grad_norm_(trained.values(), config.clip)
+        norm = team.clip(model, trained, config.clip)
         if not torch.isfinite(norm):
-            bad = next(name for name, p in trained.items() if p.grad is not None and not p.grad.isfinite().all())
-            raise NonFiniteLoss(f"the gradient of {bad} is not finite at step {step}; lower lr={config.lr:g}")
+            bad = (i for i, p in enumerate(trained.values()) if p.grad is not None and not _finite(p.grad))
+            name = team.name(list(trained)[team.first(next(bad, len(trained) - 1))])
+            raise NonFiniteLoss(f"the gradient of {name} is not finite at step {step}; lower lr={config.lr:g}")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, config)
     optimizer.step()
     return total
+
+
+def _finite(gradient: Tensor) -> bool:
+    local: Tensor = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+    return bool(local.isfinite().all())
 
 
 def _seeded(loss_at: Callable[[int], Tensor], index: int, seed: int) -> Tensor:
@@ -265,15 +301,21 @@ def _save(
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
     carried: Mapping[str, Tensor],
+    team: Alone,
 ) -> None:
     tensors: dict[str, Tensor] = {name: t.detach().contiguous() for name, t in carried.items()}
     if moving is not None:
         for name, found in moving.masked.items():
             tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
-    for name, p in trained.items():
-        tensors[f"weight/{name}"] = p.detach().contiguous()
-        for key, value in optimizer.state.get(p, {}).items():
-            tensors[f"{key}/{name}"] = torch.as_tensor(value).contiguous()
+    for own, p in trained.items():
+        name = team.name(own)
+        for key, value in {"weight": p.detach(), **optimizer.state.get(p, {})}.items():
+            tensor = torch.as_tensor(value)
+            whole = tensor if key == "step" else team.whole(own, p, tensor)
+            if team.leads:
+                tensors[f"{key}/{name}"] = whole.contiguous()
+    if not team.leads:
+        return
     with atomic_directory(out) as beside:
         save_file(tensors, beside / STATE)
         write_json(beside / META, {**facts, "losses": history.losses})
@@ -286,6 +328,7 @@ def _restore(
     facts: Mapping[str, Any],
     moving: MaskOptimizer | None,
     carried: Mapping[str, Tensor],
+    team: Alone,
 ) -> list[float]:
     meta = read_json(out / META)
     parts = (facts.keys() | meta.keys()) - {"losses"}
@@ -298,18 +341,20 @@ def _restore(
                     "give the same settings, another directory, or turn resume off"
                 )
     tensors = load_file(out / STATE)
-    for name, p in trained.items():
+    for own, p in trained.items():
+        name = team.name(own)
         saved = tensors.get(f"weight/{name}")
-        if saved is None or saved.shape != p.shape:
+        share = None if saved is None else team.part(own, p, saved)
+        if saved is None or share is None or share.shape != p.shape:
             came = "nothing" if saved is None else str(tuple(saved.shape))
             raise ValueError(f"{out} holds another model: {name} is {tuple(p.shape)} here and {came} there")
         with torch.no_grad():
-            p.copy_(saved)
+            p.copy_(share)
         state = {key.split("/", 1)[0]: t for key, t in tensors.items() if key.split("/", 1)[1] == name}
-        for own in ("weight", "mask", "union", "carried", "buffer"):
-            state.pop(own, None)
+        for kind in ("weight", "mask", "union", "carried", "buffer"):
+            state.pop(kind, None)
         if state:
-            optimizer.state[p] = {k: t if k == "step" else t.to(p.device) for k, t in state.items()}
+            optimizer.state[p] = {k: t if k == "step" else team.part(own, p, t).to(p.device) for k, t in state.items()}
     for name, t in carried.items():
         saved = tensors.get(name)
         if saved is None and name.startswith("buffer/"):

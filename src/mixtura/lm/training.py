@@ -6,12 +6,13 @@ Shapes: B rows, L positions, T = B·L tokens, E experts, K chosen.
 import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mixtura.core.balance import balance_loss, device_split, router_z_loss
+from mixtura.core.gates import top_k
 from mixtura.core.measure import bfloat16_over_float32
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.core.sparse_layers import masked_parameters
@@ -20,6 +21,9 @@ from mixtura.core.training import History, TrainConfig, fit
 from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.token_loss import next_token_loss
 from mixtura.lm.tokens import blocks, mixed_batch_at
+
+if TYPE_CHECKING:
+    from mixtura.lm.parallel.training import ExpertParallel
 
 __all__ = ["Trainable", "language_loss", "select_trainable", "train"]
 
@@ -48,6 +52,7 @@ def train(
     resume: bool = True,
     seed: int = 0,
     label: str = "train",
+    team: "ExpertParallel | None" = None,
 ) -> History:
     """Train a causal language model on text, in place; its gates are balanced where it has any.
 
@@ -66,11 +71,14 @@ def train(
         checkpoint_every, out, resume: see :func:`mixtura.core.training.fit`.
         seed: order of the rows.
         label: name on the progress bar.
+        team: processes over which the model is spread, each of which calls this with the same model and texts; afterwards each
+            holds its part, and :meth:`~mixtura.lm.parallel.training.ExpertParallel.state` brings them together.
     Returns:
         The losses, one a step.
     Raises:
         TypeError: the weights are not float32.
-        ValueError: too little text, unknown shares, nothing to train, or ``masks`` for a model without any.
+        ValueError: too little text, unknown shares, nothing to train, ``masks`` for a model without any or over processes, fewer
+            rows than processes, or processes with other data or another model than the first.
         NonFiniteLoss: the loss became NaN; the weights are those before the step.
     """
     if wrong := sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}):
@@ -85,17 +93,29 @@ def train(
     moe = find_moe(model)
     config = TrainConfig(steps=steps, lr=lr, weight_decay=weight_decay, checkpoint_every=checkpoint_every, seed=seed)
     quick = device.type == "cuda" or bfloat16_over_float32() > 1.3
+    shared = None
+    if team is not None:
+        shared, quick = team.shared, bool(team.first(int(quick)))  # a measured speed differs from process to process
+        first = [mixed_batch_at(sources, shares, step, batch_size, seed=seed) for step in range(3)]
+        team.rows(first[0])
+        team.agree("the data", *first, *sources.values())
+        team.agree("the model", *model.state_dict().values())
 
     def loss_at(step: int) -> Tensor:
-        ids = mixed_batch_at(sources, shares, step, batch_size, seed=seed).to(device)
+        rows = mixed_batch_at(sources, shares, step, batch_size, seed=seed)
+        ids = (rows if team is None else team.rows(rows)).to(device)
         mixed = torch.autocast(device.type, torch.bfloat16) if quick else contextlib.nullcontext()
         with mixed:
-            return language_loss(model, ids, balance=balance if moe else 0.0, z=z if moe else 0.0)
+            return language_loss(model, ids, balance=balance if moe else 0.0, z=z if moe else 0.0, shared=shared)
 
     facts = {name: [len(rows), int(rows.sum() % 2**31)] for name, rows in sources.items()} | {"batch_size": batch_size}
     with select_trainable(model, trainable, layers=layers):
         moving = _moving(model, masks, steps, seed)
-        return fit(model, loss_at, config, out=out, resume=resume, label=label, describe=facts, masks=moving)
+        if team is not None:
+            if moving is not None:
+                raise ValueError("a sparse model trains in one process; leave parallel out")
+            team.prepare(model)
+        return fit(model, loss_at, config, out=out, resume=resume, label=label, describe=facts, masks=moving, team=team)
 
 
 def _moving(
@@ -134,9 +154,11 @@ def language_loss(
     for routing in routings.values():
         logits = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
         if balance:
+            # What the gate wanted: a pair over an expert's capacity counts for that expert.
+            chosen = top_k(routing.logits, routing.indices.shape[-1]).indices if routing.dropped else routing.indices
             even = balance_loss(
                 logits.softmax(-1).unflatten(0, ids.shape),
-                routing.indices.unflatten(0, ids.shape),
+                chosen.unflatten(0, ids.shape),
                 expert=balance,
                 device=device,
                 groups=device_split(routing.n_experts, config.device_groups) if device else None,
@@ -186,4 +208,5 @@ def select_trainable(model: nn.Module, trainable: Trainable, *, layers: Sequence
         yield
     finally:
         for name, p in model.named_parameters():
-            p.requires_grad_(flags[name])
+            if name in flags:  # of what a team spread over processes, parts have names of their own
+                p.requires_grad_(flags[name])

@@ -236,7 +236,7 @@ def single_name(name: str) -> str:
         >>> single_name("model.layers.0.mlp.experts.local_experts.down_proj")
         'model.layers.0.mlp.experts.down_proj'
     """
-    return name.replace(f".{LOCAL}.", ".")
+    return name.replace(f".{LOCAL}", "")
 
 
 def gather_experts(model: nn.Module) -> dict[str, Tensor]:

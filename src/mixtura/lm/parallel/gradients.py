@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixtura.lm.parallel.experts import parallel_experts
 from mixtura.lm.parallel.mesh import ExpertMesh
@@ -49,10 +50,11 @@ def expert_rules(model: nn.Module) -> dict[nn.Parameter, Rule]:
 def reduce_gradients(model: nn.Module, mesh: ExpertMesh) -> None:
     """Sum and divide the gradients of all trained parameters by the rule, in place. Collective.
 
-    A parameter that got no gradient anywhere keeps None; one that got it somewhere counts 0 elsewhere.
+    A parameter that got no gradient anywhere keeps None; one that got it somewhere counts 0 elsewhere. What FSDP shards is left
+    alone: it was averaged in the backward pass.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if mesh.world == 1:
+    trained = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    if mesh.world == 1 or not trained:
         return
     experts, everyone = expert_rules(model), Rule(mesh.group("world"), mesh.world, mesh.world)
     _fill_missing(trained, everyone.group)
@@ -77,8 +79,9 @@ def clip_gradients(model: nn.Module, mesh: ExpertMesh, limit: float) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=device)
     for p in model.parameters():
         if p.grad is not None:
-            square = torch.linalg.vector_norm(p.grad, dtype=p.grad.dtype).double().square()
-            total += square / experts.get(p, everyone).copies  # every copy counts, so each counts its share
+            # Every copy counts, so each counts its share; of what FSDP shards there is one.
+            copies = 1 if isinstance(p, DTensor) else experts.get(p, everyone).copies
+            total += torch.linalg.vector_norm(_local(p.grad)).double().square() / copies
     if (world := mesh.group("world")) is not None:
         dist.all_reduce(total, group=world)
     norm = total.sqrt()
@@ -86,8 +89,12 @@ def clip_gradients(model: nn.Module, mesh: ExpertMesh, limit: float) -> Tensor:
         scale = (limit / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         for p in model.parameters():
             if p.grad is not None:
-                p.grad *= scale.to(p.grad.dtype)
+                _local(p.grad).mul_(scale.to(p.grad.dtype))
     return norm
+
+
+def _local(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
 
 
 def _sum(gradients: list[Tensor], group: dist.ProcessGroup | None) -> None:

@@ -16,6 +16,7 @@ chooses its own degree (its sec. 4.1.3).
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["AXES", "Coordinates", "ExpertMesh", "make_mesh", "parse_layout"]
+__all__ = ["AXES", "Coordinates", "ExpertMesh", "make_mesh", "parse_layout", "started_processes"]
 
 AXES = ("expert_data", "expert", "slice", "tensor")
 # Axes that run together, outermost first.
@@ -275,6 +276,11 @@ def parse_layout(text: str, world: int, *, node: int | None = None) -> ExpertMes
             f"start with torchrun --nproc-per-node {whole}, or change the layout"
         )
     return make_mesh(world, expert=expert, slices=given.get("slices", 1), tensor=given.get("tensor", 1), node=node)
+
+
+def started_processes() -> int:
+    """Number of processes that torchrun (or accelerate) started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _fitting(share: int, world: int) -> str:
