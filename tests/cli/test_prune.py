@@ -76,16 +76,16 @@ def test_an_interrupted_training_of_pairs_goes_on_to_the_same_model(here, pairs,
 
     options = ("translate.json", "--text", pairs, *SHAPE, "--steps", 8, "--checkpoint-every", 4)
     assert here("train", *options, "--out", "whole", cwd=tmp_path).returncode == 0
-    step = training._step
+    rate = training.learning_rate
 
-    def stopped(trained, loss_at, optimizer, at, settings):
-        if at == 6:
+    def stopped(step, settings):
+        if step == 6:
             raise KeyboardInterrupt
-        return step(trained, loss_at, optimizer, at, settings)
+        return rate(step, settings)
 
-    monkeypatch.setattr(training, "_step", stopped)
+    monkeypatch.setattr(training, "learning_rate", stopped)
     assert here("train", *options, "--out", "parts", cwd=tmp_path).returncode == 130
-    monkeypatch.setattr(training, "_step", step)
+    monkeypatch.setattr(training, "learning_rate", rate)
     done = here("train", *options, "--out", "parts", cwd=tmp_path)
     assert "went on from step 4" in done.stdout
     one, two = (AutoModelForSeq2SeqLM.from_pretrained(tmp_path / name).state_dict() for name in ("whole", "parts"))
