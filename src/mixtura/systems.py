@@ -128,6 +128,13 @@ SYSTEMS: tuple[System, ...] = (
         "2109.10465",
         "lm",
         "One translator of many languages as a mixture, trained over processes and pruned of experts afterwards.",
+        (
+            "mixtura.lm.model.MultitaskMoEForConditionalGeneration",
+            "mixtura.lm.multitask.TaskMixture",
+            "mixtura.lm.aggregate_experts.aggregate",
+            "mixtura.lm.prune_experts.prune",
+            "mixtura.core.capacity.capacity_select",
+        ),
     ),
     System(
         "sparse-attention-mix",

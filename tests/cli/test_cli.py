@@ -21,6 +21,7 @@ COMMANDS = (
     "upcycle",
     "train",
     "compress",
+    "prune",
     "generate",
     "inspect",
     "compare",

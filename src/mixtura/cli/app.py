@@ -23,6 +23,7 @@ from mixtura.cli import (
     lm,
     outliers,
     plan,
+    prune,
     regress,
     search,
     separate,
@@ -60,6 +61,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+prune.add_to(app)
 distill.add_to(app)
 explain.add_to(app)
 compare.add_to(app)

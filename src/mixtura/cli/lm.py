@@ -206,6 +206,10 @@ def train(
     A .json file names the parts of a new model (fields of `MixturaConfig`: experts, shared ones, latent attention and so on);
     its tokenizer is learned from the text. A new model wants a rate near 2e-3 and thousands of steps.
 
+    With `"model_type": "mixtura_multitask"` in it the model is an encoder-decoder that translates and repairs text (fields of
+    `MultitaskMoEConfig`). It takes one `--text`: a folder with files such as `en-de.src` and `en-de.tgt`, one text a line, and
+    perhaps `de.txt`, text to repair; or the word `debian`, for descriptions of packages in twelve languages.
+
     An interrupted run leaves its last checkpoint beside the output; the same command goes on from there, also with another
     number of processes: started by torchrun, several processes train one model, each with its part of the rows and experts.
 
@@ -220,11 +224,15 @@ def train(
         mixtura train out/moe --trainable router --steps 50 --out out/routed
 
         mixtura train fine.json --text notes/ --steps 2000 --lr 2e-3 --out out/fine
+
+        mixtura train translate.json --text debian --steps 2000 --batch 16 --length 64 --lr 5e-3 --out out/translate
     """
     from mixtura.cli import work
+    from mixtura.cli.multitask_work import is_multitask, train_multitask
 
     source = Path(directory)
-    work.train(
+    run = train_multitask if is_multitask(directory) else work.train
+    run(
         directory,
         out or source.with_name(f"{source.name.removesuffix('.json')}-trained"),
         text,

@@ -268,7 +268,12 @@ def activation_gate(
 
 
 def limit_capacity(
-    routing: Routing, limit: int, *, policy: CapacityPolicy = "prefix", generator: torch.Generator | None = None
+    routing: Routing,
+    limit: int,
+    *,
+    policy: CapacityPolicy = "prefix",
+    groups: int = 1,
+    generator: torch.Generator | None = None,
 ) -> Routing:
     """The same routing with the pairs over an expert's capacity sent to the sentinel, at weight 0.
 
@@ -281,6 +286,7 @@ def limit_capacity(
         limit,
         policy=policy,
         probs=routing.weights.detach() if policy == "probs" else None,
+        groups=groups,
         generator=generator,
     )
     return _without(routing, ~kept_TK)

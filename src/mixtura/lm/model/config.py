@@ -21,7 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "router": ("linear", "sparsity"),
     "router_statistics": ("diagonal", "full"),
     "shared_combine": ("sum", "coefficient"),
-    "capacity_policy": ("random", "prefix", "probs"),
+    "capacity_policy": ("random", "prefix", "group", "probs"),
 }
 
 
@@ -58,8 +58,8 @@ class MixturaConfig(PreTrainedConfig):
         capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
             training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
         min_capacity: places that every expert has.
-        capacity_policy: which tokens stay in training: ``random`` ones, the first (``prefix``) or those with the largest gates
-            (``probs``). In evaluation the first stay.
+        capacity_policy, capacity_groups: which tokens stay in training: ``random`` ones, the first (``prefix``), the first of
+            each of so many spans (``group``) or those with the largest gates (``probs``). In evaluation the first stay.
         router_float32: compute the gates' logits in float32 whatever the type of the weights.
         attention: ``full``; ``latent``: keys and values come out of one short vector a token, which is what the cache holds
             (DeepSeek-V2); or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
@@ -133,6 +133,7 @@ class MixturaConfig(PreTrainedConfig):
     eval_capacity_factor: float = 0.0
     min_capacity: int = 4
     capacity_policy: str = "random"
+    capacity_groups: int = 4
     router_float32: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
@@ -215,6 +216,8 @@ def _check(config: MixturaConfig) -> None:
     for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be >= 0 (0 for no limit), got {getattr(config, name)}")
+    if config.capacity_groups < 1:
+        raise ValueError(f"capacity_groups must be at least 1, got {config.capacity_groups}")
     if config.attention_experts < 1:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:

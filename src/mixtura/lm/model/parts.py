@@ -102,6 +102,7 @@ class MixturaRouter(nn.Module):
         self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
         self.min_capacity = config.min_capacity
         self.policy = cast(CapacityPolicy, config.capacity_policy)
+        self.groups = config.capacity_groups
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -121,7 +122,8 @@ class MixturaRouter(nn.Module):
         if not factor:
             return routing
         limit = capacity(len(routing.indices), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
-        return limit_capacity(routing, limit, policy=self.policy if self.training else "prefix")
+        policy = self.policy if self.training else "prefix"
+        return limit_capacity(routing, limit, policy=policy, groups=self.groups if policy == "group" else 1)
 
 
 class SparsityRouter(MixturaRouter):
