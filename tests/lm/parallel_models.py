@@ -1,11 +1,8 @@
 """Two tiny decoders in float64 on which trainings over processes are compared."""
 
-import copy
-
 import torch
 
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
-from mixtura.lm.model.parts import ExpertsBlock
 
 TINY = {
     "vocab_size": 40,
@@ -31,14 +28,9 @@ def even_model():
 def pyramid_model():
     """Two experts, then four, one a token; expert 3 scores the mean of the others, so it is never the best at the start."""
     torch.manual_seed(2)
-    config = MixturaConfig(**TINY, num_hidden_layers=2, num_experts=4, num_experts_per_tok=1, norm_topk_prob=False)
+    config = MixturaConfig(**TINY, num_hidden_layers=2, num_experts=[2, 4], num_experts_per_tok=1, norm_topk_prob=False)
     config._experts_implementation = "mixtura"
     model = MixturaForCausalLM(config)
-    narrow = copy.deepcopy(config)
-    narrow.num_experts = 2
-    model.model.layers[0].mlp = ExpertsBlock(narrow)
-    for module in model.model.layers[0].mlp.modules():
-        model._init_weights(module)
     with torch.no_grad():
         gate = model.model.layers[1].mlp.gate.weight
         gate[3] = gate[:3].mean(0)

@@ -153,8 +153,8 @@ class ResidualExperts(nn.Module):
         experts: called as ``experts(x, routing)``.
         fixed: (T, D) -> (T, D).
         width: D.
-        combine: "sum" adds the two; "coefficient" weights them by the softmax of a linear map of the token, which
-            starts at one half each.
+        combine: "sum" adds the two; "coefficient" weights them, routed first, by the softmax over the two of a linear
+            map of the token, which starts at one half each.
     Source:
         DeepSpeed-MoE (2201.05596), sec. 4.1 (residual MoE); the coefficient is in its released code only.
     """
@@ -182,7 +182,7 @@ class ResidualExperts(nn.Module):
         if self.coefficient is None:
             return fixed_TD + routed_TD  # type: ignore[no-any-return]
         share_T2 = self.coefficient(x).float().softmax(-1).to(x.dtype)
-        return share_T2[:, :1] * fixed_TD + share_T2[:, 1:] * routed_TD  # type: ignore[no-any-return]
+        return share_T2[:, :1] * routed_TD + share_T2[:, 1:] * fixed_TD  # type: ignore[no-any-return]
 
 
 class ConvExperts(nn.Module):

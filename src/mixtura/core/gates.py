@@ -64,6 +64,11 @@ class Routing:
     def n_experts(self) -> int:
         return self.logits.shape[-1]
 
+    @property
+    def dropped(self) -> int:
+        """Token-expert pairs that no expert computes: over capacity, or under a threshold."""
+        return int((self.indices == self.n_experts).sum())
+
 
 def soft(logits: Tensor) -> Routing:
     """Every token visits every expert, weighted by the softmax of the logits.

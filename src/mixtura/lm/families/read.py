@@ -108,7 +108,7 @@ def _dense(config: Any, source: Source, dtype: torch.dtype, generation: Generati
 def _refuse(config: Any, name: str) -> None:
     if getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is quantized; convert the unquantized checkpoint and quantize the result")
-    field = next((f for f in EXPERT_FIELDS if (getattr(config, f, None) or 0) > 1), None)
+    field = next((f for f in EXPERT_FIELDS if _several(getattr(config, f, None))), None)
     if field is not None:
         raise NotDense(
             f"{name} (model_type {config.model_type!r}) is already a mixture of experts with "
@@ -119,6 +119,11 @@ def _refuse(config: Any, name: str) -> None:
             f"{name} is of the family {config.model_type!r}, which cannot be read; known families: "
             f"{', '.join(f'{t.title} ({k})' for k, t in FAMILIES.items())}"
         )
+
+
+def _several(count: Any) -> bool:
+    """More than one expert, in some layer where they are counted by layer."""
+    return (max(count, default=0) if isinstance(count, (list, tuple)) else count or 0) > 1
 
 
 def _folder(model: str | Path) -> Path:

@@ -74,7 +74,10 @@ def why_not(family: str, config: MixturaConfig) -> str | None:
     checks = {
         "attention experts": config.attention == "mixture",
         "latent attention": config.attention == "latent" and family != "deepseek_v2",
-        "a dense feed-forward part": config.num_experts == 0,
+        "a dense feed-forward part": not config.num_experts,
+        "layers that differ in their number of experts": not isinstance(config.num_experts, int),
+        "a learned share of the shared expert": config.shared_combine != "sum",
+        "a limit on the tokens of an expert": config.eval_capacity_factor > 0,
         "some dense layers": bool(config.dense_layers) and family not in DENSE_LAYERS,
         "a parallel block": config.block != "sequential",
         "norms with a bias": config.norm_bias,

@@ -18,6 +18,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention_kv": ("expert", "shared"),
     "attention_routing": ("soft", "top1", "top2"),
     "balance_per": ("batch", "sequence"),
+    "shared_combine": ("sum", "coefficient"),
+    "capacity_policy": ("random", "prefix", "probs"),
 }
 
 
@@ -40,11 +42,20 @@ class MixturaConfig(PreTrainedConfig):
         clip_qkv: queries, keys and values are clamped to [-clip_qkv, clip_qkv].
         no_rope_layers: layers that do not rotate queries and keys.
         sliding_window: positions a query sees, itself included; the same in every layer. ``None``: all.
-        num_experts: feed-forward experts a layer; 0 is a dense model.
+        num_experts: feed-forward experts a layer; 0 is a dense model. A list has one number a layer, 0 for a dense one, and is
+            kept as one number and ``dense_layers`` where all others agree.
         num_experts_per_tok, norm_topk_prob: experts a token visits, and whether their gates are made to sum to 1.
         moe_intermediate_size: hidden units an expert; 0 for ``intermediate_size``.
         shared_expert_intermediate_size: hidden units of a feed-forward part that every token visits; 0 for none.
+        shared_combine: ``sum``: that part and the routed experts are added; ``coefficient``: weighted by a softmax over the
+            two of a linear map of the token (DeepSpeed-MoE's released code).
         dense_layers: layers that keep a dense feed-forward part.
+        capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
+            training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
+        min_capacity: places that every expert has.
+        capacity_policy: which tokens stay in training: ``random`` ones, the first (``prefix``) or those with the largest gates
+            (``probs``). In evaluation the first stay.
+        router_float32: compute the gates' logits in float32 whatever the type of the weights.
         attention: ``full``; ``latent``: keys and values come out of one short vector a token, which is what the cache holds
             (DeepSeek-V2); or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
         attention_kv: ``expert``: keys and values of each attention's own; ``shared``: one set.
@@ -95,11 +106,12 @@ class MixturaConfig(PreTrainedConfig):
     clip_qkv: float | None = None
     no_rope_layers: list[int] | None = None
 
-    num_experts: int = 0
+    num_experts: int | list[int] = 0
     num_experts_per_tok: int = 2
     norm_topk_prob: bool = True
     moe_intermediate_size: int = 0
     shared_expert_intermediate_size: int = 0
+    shared_combine: str = "sum"
     dense_layers: list[int] | None = None
     attention: str = "full"
     attention_experts: int = 1
@@ -110,6 +122,11 @@ class MixturaConfig(PreTrainedConfig):
     qk_nope_head_dim: int = 0
     qk_rope_head_dim: int = 0
     v_head_dim: int = 0
+    capacity_factor: float = 0.0
+    eval_capacity_factor: float = 0.0
+    min_capacity: int = 4
+    capacity_policy: str = "random"
+    router_float32: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
     router_z_loss_coef: float = 0.001
@@ -125,12 +142,43 @@ class MixturaConfig(PreTrainedConfig):
         self.moe_intermediate_size = self.moe_intermediate_size or self.intermediate_size
         self.no_rope_layers = list(self.no_rope_layers or [])
         self.dense_layers = list(self.dense_layers or [])
+        if not isinstance(self.num_experts, int):
+            self.num_experts, self.dense_layers = _by_layer(self.num_experts, self)
         _check(self)
         super().__post_init__(**kwargs)
 
     def sparse(self, layer: int) -> bool:
         """Whether a layer's feed-forward part is made of experts."""
-        return self.num_experts > 0 and layer not in (self.dense_layers or [])
+        return self.experts_of(layer) > 0
+
+    def experts_of(self, layer: int) -> int:
+        """Routed experts of a layer's feed-forward part; 0 where it is dense."""
+        if layer in (self.dense_layers or []):
+            return 0
+        return self.num_experts if isinstance(self.num_experts, int) else self.num_experts[layer]
+
+    def expert_counts(self) -> list[int]:
+        """The different numbers of experts that layers have, ascending; empty for a dense model."""
+        return sorted({self.experts_of(layer) for layer in range(self.num_hidden_layers)} - {0})
+
+
+def _by_layer(counts: Any, config: MixturaConfig) -> tuple[int | list[int], list[int]]:
+    """A list of experts a layer, and the dense layers; one number where all layers with experts have as many."""
+    counts = list(counts)
+    if any(not isinstance(n, int) or n < 0 for n in counts):
+        raise ValueError(f"num_experts must be whole numbers >= 0, got {counts}")
+    if len(counts) != config.num_hidden_layers:
+        raise ValueError(
+            f"num_experts as a list must have one number for each of the {config.num_hidden_layers} layers, 0 for a dense "
+            f"one, got {len(counts)}: {counts}"
+        )
+    dense = sorted({*(config.dense_layers or []), *(i for i, n in enumerate(counts) if n == 0)})
+    kept = {n for i, n in enumerate(counts) if i not in dense}
+    if not kept:
+        return 0, []
+    if len(kept) == 1:
+        return kept.pop(), dense
+    return [0 if i in dense else n for i, n in enumerate(counts)], dense
 
 
 def _check(config: MixturaConfig) -> None:
@@ -140,15 +188,22 @@ def _check(config: MixturaConfig) -> None:
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     if heads % kv:
         raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv}")
-    if config.num_experts < 0:
+    if isinstance(config.num_experts, int) and config.num_experts < 0:
         raise ValueError(f"num_experts must be >= 0, got {config.num_experts}")
-    if config.num_experts and not 1 <= config.num_experts_per_tok <= config.num_experts:
+    fewest = min(config.expert_counts(), default=0)
+    if fewest and not 1 <= config.num_experts_per_tok <= fewest:
         raise ValueError(
-            f"num_experts_per_tok must be between 1 and num_experts={config.num_experts}, "
-            f"got {config.num_experts_per_tok}"
+            f"num_experts_per_tok must be between 1 and num_experts={fewest}, got {config.num_experts_per_tok}"
         )
     if config.shared_expert_intermediate_size and not config.num_experts:
         raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
+    if config.shared_combine != "sum" and not config.shared_expert_intermediate_size:
+        raise ValueError(
+            f"shared_combine={config.shared_combine!r} needs a part that every token visits; set shared_expert_intermediate_size"
+        )
+    for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"{name} must be >= 0 (0 for no limit), got {getattr(config, name)}")
     if config.attention_experts < 1:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:
@@ -158,7 +213,8 @@ def _check(config: MixturaConfig) -> None:
     for name in ("router_aux_loss_coef", "router_z_loss_coef", "device_balance_coef"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
-    if config.device_balance_coef and not (config.device_groups and config.num_experts % config.device_groups == 0):
+    groups = config.device_groups
+    if config.device_balance_coef and not (groups and all(n % groups == 0 for n in config.expert_counts())):
         raise ValueError(
             f"device_balance_coef needs device_groups that divide num_experts={config.num_experts}, got {config.device_groups}"
         )

@@ -194,7 +194,7 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
         ``shared_batch`` names the processes that hold the other rows: the mean of their losses is then the loss of all rows.
         """
         wanted = self.config.output_router_logits if output_router_logits is None else output_router_logits
-        gates = self.config.num_experts > 0 and (wanted or (self.training and labels is not None))
+        gates = bool(self.config.num_experts) and (wanted or (self.training and labels is not None))
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -277,7 +277,7 @@ def routing_loss(
         between devices: DeepSeekMoE (2401.06066), eq. 15-17.
     """
     total = torch.zeros((), device=router_logits[0].device)
-    groups = device_split(config.num_experts, config.device_groups) if config.device_balance_coef else None
+    between = config.device_groups if config.device_balance_coef else 0
     for logits_TE in router_logits:
         logits_TE = logits_TE if logits_TE.dtype == torch.float64 else logits_TE.float()
         mask_BL = None
@@ -291,7 +291,7 @@ def routing_loss(
             routing.indices.unflatten(0, shape),
             expert=config.router_aux_loss_coef,
             device=config.device_balance_coef,
-            groups=groups,
+            groups=device_split(logits_TE.shape[-1], between) if between else None,
             per=cast(BalancePer, config.balance_per),
             mask=mask_BL,
             shared=shared,

@@ -7,13 +7,16 @@ The block of experts speaks transformers' own interface, so everything that unde
 ``config._experts_implementation``.
 """
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
-from mixtura.core.gates import top_k
+from mixtura.core.capacity import CapacityPolicy, capacity
+from mixtura.core.gates import limit_capacity, top_k
 from mixtura.lm.model.config import MixturaConfig
 
 __all__ = [
@@ -84,19 +87,33 @@ class MixturaRouter(nn.Module):
     """Softmax gate of the feed-forward experts.
 
     With ``norm_topk_prob`` false the chosen gates keep their softmax values: with one expert a token, gates that are made to
-    sum to 1 are 1, and the router learns nothing from the loss.
+    sum to 1 are 1, and the router learns nothing from the loss. A pair over an expert's capacity has the index E and weight 0,
+    which every experts engine passes over; logits say what the gate wanted.
     """
 
-    def __init__(self, config: MixturaConfig):
+    def __init__(self, config: MixturaConfig, num_experts: int):
         super().__init__()
-        self.num_experts, self.top_k = config.num_experts, config.num_experts_per_tok
+        self.num_experts, self.top_k = num_experts, config.num_experts_per_tok
         self.norm_topk_prob = config.norm_topk_prob
-        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.float32 = config.router_float32
+        self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
+        self.min_capacity = config.min_capacity
+        self.policy = cast(CapacityPolicy, config.capacity_policy)
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., D) -> logits (T, E), weights (T, K) in the dtype of x, indices (T, K)."""
-        logits_TE = F.linear(x.reshape(-1, x.shape[-1]), self.weight)
+        x_TD = x.reshape(-1, x.shape[-1])
+        if self.float32:
+            with torch.autocast(x.device.type, enabled=False):
+                logits_TE = F.linear(x_TD.float(), self.weight.float())
+        else:
+            logits_TE = F.linear(x_TD, self.weight)
         routing = top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob)
+        factor = self.capacity_factors[0 if self.training else 1]
+        if factor:
+            limit = capacity(len(x_TD), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
+            routing = limit_capacity(routing, limit, policy=self.policy if self.training else "prefix")
         return logits_TE, routing.weights.to(x.dtype), routing.indices
 
 
@@ -109,9 +126,9 @@ class Experts(nn.Module):
     gated: bool
     bias: bool
 
-    def __init__(self, config: MixturaConfig):
+    def __init__(self, config: MixturaConfig, num_experts: int):
         super().__init__()
-        E, H, D = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        E, H, D = num_experts, config.moe_intermediate_size, config.hidden_size
         self.num_experts, self.hidden_dim, self.intermediate_dim = E, D, H
         self.act_fn = ACT2FN[config.hidden_act]
         rows, up = (2 * H, "gate_up_proj") if self.gated else (H, "up_proj")
@@ -171,26 +188,34 @@ class PlainBiasExperts(Experts):
     gated, bias = False, True
 
 
-def make_experts(config: MixturaConfig) -> Experts:
-    """The experts class of the config's feed-forward layout."""
+def make_experts(config: MixturaConfig, num_experts: int) -> Experts:
+    """So many experts of the config's feed-forward layout."""
     layouts: dict[tuple[bool, bool], type[Experts]] = {
         (True, False): GatedExperts,
         (True, True): GatedBiasExperts,
         (False, False): PlainExperts,
         (False, True): PlainBiasExperts,
     }
-    return layouts[config.mlp_gated, config.mlp_bias](config)
+    return layouts[config.mlp_gated, config.mlp_bias](config, num_experts)
 
 
 class ExpertsBlock(nn.Module):
-    """Router, routed experts and, where the config has one, a shared expert of weight 1; (B, L, D) -> (B, L, D)."""
+    """Router, routed experts and, where the config has one, a shared expert; (B, L, D) -> (B, L, D).
 
-    def __init__(self, config: MixturaConfig):
+    The shared expert is added, or both are weighted by what ``shared_coefficient`` makes of the token: routed first.
+    """
+
+    def __init__(self, config: MixturaConfig, num_experts: int):
         super().__init__()
-        self.gate = MixturaRouter(config)
-        self.experts = make_experts(config)
+        self.gate = MixturaRouter(config, num_experts)
+        self.experts = make_experts(config, num_experts)
+        if config.capacity_factor or config.eval_capacity_factor:
+            # transformers' engines look for the index E, which stands for no expert, only behind this flag.
+            self.experts._is_expert_parallel = True  # type: ignore[assignment]
         shared = config.shared_expert_intermediate_size
         self.shared_expert = Mlp(config, shared) if shared else None
+        weighted = config.shared_combine == "coefficient"
+        self.shared_coefficient = nn.Linear(config.hidden_size, 2) if weighted else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
@@ -198,10 +223,15 @@ class ExpertsBlock(nn.Module):
         _, weights_TK, indices_TK = self.gate(x_TD)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
-            y_TD = y_TD + self.shared_expert(x_TD)
+            shared_TD = self.shared_expert(x_TD)
+            if self.shared_coefficient is not None:
+                share_T2 = self.shared_coefficient(x_TD).float().softmax(-1).to(x_TD.dtype)
+                y_TD, shared_TD = share_T2[:, :1] * y_TD, share_T2[:, 1:] * shared_TD
+            y_TD = y_TD + shared_TD
         return y_TD.reshape(hidden_states.shape)
 
 
 def make_feed_forward(config: MixturaConfig, layer: int) -> nn.Module:
     """The feed-forward part that the config gives a layer, (B, L, D) -> (B, L, D). A new kind of part is chosen here."""
-    return ExpertsBlock(config) if config.sparse(layer) else Mlp(config)
+    experts = config.experts_of(layer)
+    return ExpertsBlock(config, experts) if experts else Mlp(config)

@@ -65,7 +65,8 @@ def segment(model: PreTrainedModel, split: int) -> PreTrainedModel:
         raise ValueError(f"split must divide {hidden}={getattr(config, hidden)}, got {split}")
     changes = _changes(find_moe(model), config, split)
     finer: Any = copy.deepcopy(config)
-    setattr(finer, experts, getattr(config, experts) * split)
+    now = getattr(config, experts)
+    setattr(finer, experts, now * split if isinstance(now, int) else [n * split for n in now])
     setattr(finer, hidden, getattr(config, hidden) // split)
     finer.num_experts_per_tok = config.num_experts_per_tok * split
     if config.model_type == "deepseek_v2":  # counts its shared experts in units of routed ones
