@@ -46,22 +46,22 @@ def run(name, team=None, out=None, stop=None, spoil=None):
 
 
 LAYOUTS = [
-    ("even", {"expert": 2}, "direct", True),
-    ("even", {"expert": 2, "tensor": 2}, "coordinated", False),
-    ("pyramid", {"expert": 4, "node": 2}, "hierarchical", False),
+    ("even", {"expert": 2}, None, "E+D+Z"),
+    ("even", {"expert": 2, "tensor": 2}, None, "E+D+M"),
+    ("pyramid", {"expert": 4, "node": 2}, "hierarchical", "E+D"),
 ]
-OTHER = ("even", {"expert": 4}, "direct", True)  # goes on with what the first began
+OTHER = ("even", {"expert": 1, "tensor": 2}, None, "E+D+Z+M")  # goes on with what the first began
 
 
 def everywhere(rank, folder):
     found = []
-    for i, (name, degrees, plan, shard) in enumerate(LAYOUTS):
-        team = ExpertParallel(make_mesh(4, **degrees), plan=plan, shard=shard)
+    for i, (name, degrees, plan, form) in enumerate(LAYOUTS):
+        team = ExpertParallel(make_mesh(4, **degrees), plan=plan, form=form)
         found.append(run(name, team, folder / f"one-to-four-{i}"))
-    name, degrees, plan, shard = LAYOUTS[0]
-    run(name, ExpertParallel(make_mesh(4, **degrees), plan=plan, shard=shard), folder / "begun", stop=10)
-    name, degrees, plan, shard = OTHER
-    team = ExpertParallel(make_mesh(4, **degrees), plan=plan, shard=shard)
+    name, degrees, plan, form = LAYOUTS[0]
+    run(name, ExpertParallel(make_mesh(4, **degrees), plan=plan, form=form), folder / "begun", stop=10)
+    name, degrees, plan, form = OTHER
+    team = ExpertParallel(make_mesh(4, **degrees), plan=plan, form=form)
     if rank == 0:
         shutil.copytree(folder / "begun", folder / "between")
     team.wait()
