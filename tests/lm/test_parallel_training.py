@@ -47,7 +47,6 @@ def run(name, team=None, out=None, stop=None, spoil=None):
 
 LAYOUTS = [
     ("even", {"expert": 2}, None, "E+D+Z"),
-    ("even", {"expert": 2, "tensor": 2}, None, "E+D+M"),
     ("pyramid", {"expert": 4, "node": 2}, "hierarchical", "E+D"),
 ]
 OTHER = ("even", {"expert": 1, "tensor": 2}, None, "E+D+Z+M")  # goes on with what the first began
