@@ -129,8 +129,12 @@ def _spread(value: Any) -> str:
 
 
 def _cell(value: object) -> str:
+    if value is None:
+        return ""
     if isinstance(value, bool):
         return "yes" if value else "no"
+    if isinstance(value, dict):
+        return _spread(value)
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 

@@ -113,6 +113,14 @@ SYSTEMS: tuple[System, ...] = (
         "2201.05596",
         "lm",
         "More experts in deeper layers beside a dense residual branch, and a shallower mixture distilled from it.",
+        (
+            "mixtura.lm.pyramid.PyramidResidualFFN",
+            "mixtura.lm.pyramid.expert_schedule",
+            "mixtura.lm.upcycle.pyramid.convert",
+            "mixtura.lm.students.StagedDistillation",
+            "mixtura.lm.students.student_of",
+            "mixtura.lm.students.distill",
+        ),
     ),
     System(
         "multilingual-moe",
@@ -159,6 +167,13 @@ SYSTEMS: tuple[System, ...] = (
         "2502.02581",
         "lm",
         "Experts are sharded over all devices and gathered sparsely where the tokens of the step need them.",
+        (
+            "mixtura.lm.parallel.placement.materialize",
+            "mixtura.lm.parallel.placement.shard",
+            "mixtura.lm.parallel.sharded_experts.shard_experts",
+            "mixtura.lm.parallel.simulate.simulate",
+            "mixtura.lm.parallel.plan.memory",
+        ),
     ),
     System(
         "deepseek-moe",

@@ -8,6 +8,7 @@ import pytest
 from mixtura.data.package_descriptions import (
     answers_in_english,
     debian_descriptions,
+    description_corpora,
     description_set,
     parse_descriptions,
     questions_of,
@@ -54,6 +55,16 @@ def test_descriptions_are_read_once_a_key_and_paragraphs_are_kept(lists):
 def test_a_translation_counts_where_both_parts_are_translated(lists):
     found = debian_descriptions(["da"], folder=lists)
     assert list(found) == ["da"] and [e.key for e in found["da"]] == ["01"]
+
+
+def test_descriptions_are_text_to_learn_from_split_once_and_cut_to_a_size(lists):
+    entries = debian_descriptions(folder=lists)["en"]
+    whole = description_corpora(["en"], characters=10**6, seed=0, folder=lists)["en"]
+    assert sorted(whole.train + whole.held_out) == sorted({f"{e.short}\n{e.long}" for e in entries})
+    assert whole.train and whole.held_out and not set(whole.train) & set(whole.held_out)
+    assert whole == description_corpora(["en"], characters=10**6, seed=0, folder=lists)["en"]
+    cut = description_corpora(["en"], characters=1, seed=0, folder=lists)["en"]
+    assert len(cut.train) + len(cut.held_out) < len(whole.train) + len(whole.held_out)
 
 
 def test_a_text_is_one_document_and_a_question_is_unique(lists):

@@ -18,8 +18,10 @@ from mixtura.cli import (
     convert,
     demo,
     discover,
+    distill,
     lm,
     outliers,
+    plan,
     regress,
     search,
     separate,
@@ -56,6 +58,7 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+distill.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)
@@ -64,6 +67,7 @@ solve_pde.add_to(app)
 classify.add_to(app)
 unmix.add_to(app)
 outliers.add_to(app)
+plan.add_to(app)
 separate.add_to(app)
 search.add_to(app)
 claims.add_to(app)

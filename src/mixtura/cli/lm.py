@@ -28,8 +28,16 @@ class UpcycleMethod(StrEnum):
 
     copy = "copy"
     fine_grained = "fine-grained"
+    pyramid = "pyramid"
     branch_attend_mix = "branch-attend-mix"
     branch_train_mix = "branch-train-mix"
+
+
+class CombineName(StrEnum):
+    """How an expert and the fixed network beside it come together."""
+
+    coefficient = "coefficient"
+    sum = "sum"
 
 
 class CompressMethod(StrEnum):
@@ -86,8 +94,19 @@ def upcycle(
         ),
     ],
     method: Annotated[UpcycleMethod, typer.Option(help="How experts are made of dense models.")] = UpcycleMethod.copy,
-    experts: Annotated[int, typer.Option(help="Experts a layer (copy, fine-grained).")] = 8,
-    top_k: Annotated[int, typer.Option(help="Experts that each token visits.")] = 2,
+    experts: Annotated[
+        str,
+        typer.Option(
+            help="Experts a layer (copy, fine-grained); for pyramid also of each in turn: 4,4,8,8 or 4x2,8x2."
+        ),
+    ] = "8",
+    top_k: Annotated[
+        int | None, typer.Option(help="Experts that each token visits; default 2, and 1 for pyramid.")
+    ] = None,
+    combine: Annotated[
+        CombineName | None,
+        typer.Option(help="How expert and fixed network come together; default coefficient (pyramid)."),
+    ] = None,
     segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
     shared_kv: Annotated[
         bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
@@ -100,11 +119,14 @@ def upcycle(
 
     `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
     `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
-    feed-forward and attention; `branch-train-mix` averages their attention instead.
+    feed-forward and attention; `branch-train-mix` averages their attention instead. `pyramid` keeps the dense feed-forward layer
+    of every second block and puts one of several experts beside it, more of them in deeper blocks.
 
     Examples:
 
         mixtura upcycle HuggingFaceTB/SmolLM2-135M out/moe --experts 8 --top-k 2
+
+        mixtura upcycle base out/pyramid --method pyramid --experts 4,4,8,8
 
         mixtura upcycle base code law out/bam --method branch-attend-mix --top-k 1
     """
@@ -112,9 +134,17 @@ def upcycle(
 
     if len(sources) < 2:
         raise ValueError("upcycle needs at least one source and, last, the directory to write: mixtura upcycle SRC DST")
-    options: dict[str, Any] = {"top_k": top_k, "seed": seed}
-    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained):
-        options["n_experts"] = experts
+    several = method is UpcycleMethod.pyramid
+    options: dict[str, Any] = {"top_k": (1 if several else 2) if top_k is None else top_k, "seed": seed}
+    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained, UpcycleMethod.pyramid):
+        counts = work.expert_counts(experts)
+        if len(counts) > 1 and not several:
+            raise ValueError(f"--experts as a list goes with --method pyramid, got {experts!r} for {method.value}")
+        options["n_experts"] = counts if len(counts) > 1 else counts[0]
+    if several:
+        options["combine"] = (combine or CombineName.coefficient).value
+    elif combine is not None:
+        raise ValueError(f"--combine goes with --method pyramid, got it with {method.value}")
     if method is UpcycleMethod.fine_grained:
         options["segments"] = segments
     if method is UpcycleMethod.branch_attend_mix:
@@ -158,7 +188,8 @@ def train(
         str | None,
         typer.Option(
             help="How the processes that torchrun started share the work: expert=N (experts apart), data=N (copies of them), "
-            "slices=N, tensor=N; their product is the number of processes."
+            "slices=N, tensor=N; their product is the number of processes. Or hecate: every expert once, busy ones copied for a "
+            "step; hecate,capacity=N,overlap=N,reshard=N,free=1 by hand."
         ),
     ] = None,
     seed: Seed = 0,
@@ -178,6 +209,8 @@ def train(
         mixtura train out/moe --text book.txt --text notes/ --steps 200
 
         torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel expert=2,data=2
+
+        torchrun --nproc-per-node 4 -m mixtura train out/moe --text notes/ --parallel hecate
 
         mixtura train out/moe --trainable router --steps 50 --out out/routed
 

@@ -14,7 +14,7 @@ from mixtura.lm import cost, loading
 if TYPE_CHECKING:
     from mixtura.lm.parallel.training import ExpertParallel
 
-__all__ = ["compare", "compress", "convert", "demo", "generate", "inspect", "train", "upcycle"]
+__all__ = ["compare", "compress", "convert", "demo", "expert_counts", "generate", "inspect", "train", "upcycle"]
 
 Say = Callable[[str], None]
 
@@ -37,12 +37,7 @@ def upcycle(
 
     check_device(device)
     check_writable(out, sources)
-    dense = cost.model_size(loading.empty_model(loading.load_config(sources[0])))
-    copies = options.get("n_experts", len(sources))
-    # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
-    total = round(dense.total * (1 + 0.67 * (copies - 1)))
-    active = round(dense.total * (1 + 0.67 * (options["top_k"] - 1)))
-    say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(cost.Size(total, active), forward_tokens=0)}")
+    say(f"upcycle {', '.join(sources)} by {method}: {cost.estimate(_upcycled(sources, method, options))}")
     if dry_run:
         return
     pairs = [loading.load(source, device=device) for source in sources]
@@ -66,6 +61,37 @@ def upcycle(
     loading.save(model, tokenizer, out, card=card)
     say(f"{out}: {type(model).__name__}, {size.total / 1e6:.1f} M parameters, {size.active / 1e6:.1f} M active a token")
     say(_served(model))
+
+
+def _upcycled(sources: Sequence[str], method: str, options: Mapping[str, Any]) -> cost.Size:
+    """Parameters of the mixture before it is built; exact for a pyramid, whose layers differ."""
+    config = loading.load_config(sources[0])
+    if method == "pyramid":
+        from mixtura.lm.families import FAMILIES
+        from mixtura.lm.model import MixturaConfig
+        from mixtura.lm.upcycle.pyramid import PyramidConfig, mixture_config
+
+        if config.model_type in FAMILIES:  # any other is refused when it is read
+            ours = MixturaConfig(**FAMILIES[config.model_type].fields(config))
+            pyramid = PyramidConfig(num_experts=options["n_experts"], combine=options["combine"])
+            return cost.model_size(loading.empty_model(mixture_config(ours, pyramid)))
+    dense = cost.model_size(loading.empty_model(config))
+    copies = options.get("n_experts", len(sources))
+    copies = max(copies) if isinstance(copies, list) else copies
+    # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
+    total = round(dense.total * (1 + 0.67 * (copies - 1)))
+    return cost.Size(total, round(dense.total * (1 + 0.67 * (options["top_k"] - 1))))
+
+
+def expert_counts(text: str) -> list[int]:
+    """Experts of each layer as people write them: ``8``, ``4,4,8,8`` or ``4x2,8x2``."""
+    counts: list[int] = []
+    for part in text.split(","):
+        number, _, times = part.strip().partition("x")
+        if not number.isdecimal() or not (times or "1").isdecimal() or int(number) < 1 or int(times or 1) < 1:
+            raise ValueError(f"--experts must be whole numbers above 0, as in 8 or 4,4,8,8 or 4x2,8x2, got {text!r}")
+        counts += [int(number)] * int(times or 1)
+    return counts
 
 
 def train(

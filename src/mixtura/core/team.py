@@ -49,6 +49,9 @@ class Alone:
         """This process's part of such a tensor."""
         return whole
 
+    def settle(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """What is put in order after the optimizer's step number ``step``."""
+
     def explained(self, error: RuntimeError, kept: str) -> RuntimeError | None:
         """An error that says more than this one, where the team knows what it means."""
         return None

@@ -178,6 +178,7 @@ def fit(
         with bar(desc=label, unit="step", total=config.steps, initial=first, hidden=not team.leads) as shown:
             for step in range(first, min(config.steps, stop or config.steps)):
                 history.losses.append(_step(model, trained, loss_at, moving or optimizer, step, config, team))
+                team.settle(step, model, optimizer)
                 shown.set_postfix(loss=f"{history.losses[-1]:.3f}")
                 shown.update()
                 due = config.checkpoint_every and (step + 1) % config.checkpoint_every == 0

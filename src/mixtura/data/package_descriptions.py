@@ -23,16 +23,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from mixtura.core.cache import cache_directory
 from mixtura.core.checkpoint import atomic_directory
 from mixtura.data.retrieval_sets import RetrievalSet
-from mixtura.data.texts import MissingData
+from mixtura.data.texts import Corpus, MissingData, split
 
 __all__ = [
     "LANGUAGES",
     "Description",
     "answers_in_english",
     "debian_descriptions",
+    "description_corpora",
     "parse_descriptions",
     "questions_of",
 ]
@@ -103,6 +106,32 @@ def debian_descriptions(
             entries = [entry for entry in entries if _translated(entry, english.get(entry.key))]
         found[language] = entries
     return {language: found[language] for language in dict.fromkeys(languages)}
+
+
+def description_corpora(
+    languages: Sequence[str], *, characters: int, seed: int, folder: str | Path | None = None
+) -> dict[str, Corpus]:
+    """Package descriptions as text to learn from, short line and long one, shuffled and cut to a size.
+
+    Args:
+        languages: codes of :data:`LANGUAGES`; those asked for and no others come back.
+        characters: of each language; the document that passes it is kept whole.
+        seed: order of the documents.
+        folder: as in :func:`debian_descriptions`.
+    Raises:
+        ValueError, MissingData: as :func:`debian_descriptions`.
+    """
+    corpora = {}
+    for language, entries in debian_descriptions(languages, folder=folder).items():
+        documents = sorted({f"{entry.short}\n{entry.long}" for entry in entries})
+        kept, total = [], 0
+        for i in torch.randperm(len(documents), generator=torch.Generator().manual_seed(seed)).tolist():
+            if total >= characters:
+                break
+            kept.append(documents[i])
+            total += len(documents[i])
+        corpora[language] = split(language, kept)
+    return corpora
 
 
 def parse_descriptions(lines: Iterable[str], language: str) -> Iterator[Description]:

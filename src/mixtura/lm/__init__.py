@@ -1,8 +1,8 @@
-"""Language models made of experts: build, upcycle, train, compress, generate, look inside, set side by side.
+"""Language models made of experts: build, upcycle, train, distill, compress, generate, look inside, set side by side.
 
->>> from mixtura.lm import upcycle, train, compress, generate, inspect, compare     # doctest: +SKIP
+>>> from mixtura.lm import upcycle, train, distill, compress, generate, inspect, compare     # doctest: +SKIP
 
-Six verbs over the modules of this room; each says in its docstring where the work is done. Heavy imports wait until a
+Seven verbs over the modules of this room; each says in its docstring where the work is done. Heavy imports wait until a
 verb is called.
 """
 
@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from mixtura.lm.comparison import Comparison
     from mixtura.lm.decode.self_contrast import self_contrast
     from mixtura.lm.inspection import RoutingReport
+    from mixtura.lm.students import TrainReport
 
-__all__ = ["compare", "compress", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
+__all__ = ["compare", "compress", "distill", "find_moe", "generate", "inspect", "self_contrast", "train", "upcycle"]
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
 
@@ -32,7 +33,7 @@ def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> An
 
     Args:
         model_or_models: dense model, path or hub id; for the branch methods several, by name or in a list.
-        method: ``"copy"``, ``"fine-grained"``, ``"branch-attend-mix"`` or ``"branch-train-mix"``.
+        method: ``"copy"``, ``"fine-grained"``, ``"pyramid"``, ``"branch-attend-mix"`` or ``"branch-train-mix"``.
         options: ``n_experts``, ``top_k``, ``seed`` and what the method takes.
     Returns:
         A native transformers family where one has the structure, else ``MixturaForCausalLM``.
@@ -47,6 +48,19 @@ def train(model: Any, tokenizer: Any, texts: Texts, **options: Any) -> "History"
     from mixtura.lm.training import train as run
 
     return run(model, tokenizer, texts, **options)
+
+
+def distill(teacher: Any, student: Any, batches: Any, **options: Any) -> "TrainReport":
+    """Train a student in place, taught for a part of its training; see :func:`mixtura.lm.students.distill`.
+
+    Args:
+        teacher, student: models of one vocabulary; :func:`mixtura.lm.students.student_of` makes a student.
+        batches: step -> token ids, shape (B, L).
+        options: ``steps``, ``schedule``, ``lr`` and so on.
+    """
+    from mixtura.lm.students import distill as run
+
+    return run(teacher, student, batches, **options)
 
 
 def compress(model: Any, tokenizer: Any, texts: Texts, *, method: str = "mc-moe", **options: Any) -> Any:

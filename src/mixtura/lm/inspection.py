@@ -31,7 +31,8 @@ class RoutingReport:
     Attributes:
         domains: names of the M domains.
         layers: paths of the L mixture layers.
-        share: share of a domain's visits that go to each expert, [L][M][E]; each row sums to 1.
+        share: share of a domain's visits that go to each expert, [L][M][E]; each row sums to 1. Where layers differ in their
+            number of experts, those that a layer does not have stand last, at 0.
         entropy: evenness of the load over all domains, [L]: 1 when experts share it evenly, 0 when one takes all.
         variation: standard deviation of the load over its mean, [L].
         top_tokens: [L][E], the tokens that visit the expert most often beyond chance, with the ratio to chance.
@@ -54,7 +55,7 @@ class RoutingReport:
 
     def to_html(self, path: str | Path, *, title: str = "Inside the mixture") -> None:
         """Write a self-contained page."""
-        n_experts = len(self.share[0][0])
+        n_experts = " or ".join(str(n) for n in sorted({len(tokens) for tokens in self.top_tokens}))
         lead = f"{len(self.layers)} mixture layers of {n_experts} experts; " + ", ".join(
             f"{count:,} tokens of {name}" for name, count in self.tokens.items()
         )
@@ -141,15 +142,13 @@ def inspect(
         samples, length: blocks a domain and tokens a block.
         batch_size: blocks at a time.
     Raises:
-        ValueError: a dense model (its class is named), layers with different numbers of experts, or a domain with too little
-            text for one block.
+        ValueError: a dense model (its class is named), or a domain with too little text for one block.
     """
     found = find_moe(model)
     if not found:
         raise ValueError(f"{type(model).__name__} has no mixture layers to look into; upcycle it first")
-    E, L = found[0].n_experts, len(found)
-    if any(block.n_experts != E for block in found):
-        raise ValueError(f"layers have different numbers of experts: {sorted({block.n_experts for block in found})}")
+    each = [block.n_experts for block in found]
+    E, L = max(each), len(found)
     V = max(len(tokenizer), int(model.config.get_text_config().vocab_size))
     by_domain = torch.zeros(L, len(texts), E, dtype=torch.float64)
     by_token = torch.zeros(L, E, V, dtype=torch.float32)
@@ -164,19 +163,24 @@ def inspect(
                 with recorded_routing(found) as routings:
                     run_layers(model, batch)
                 for i, block in enumerate(found):
-                    _count(routings[block.name].indices.cpu(), batch.flatten(), by_domain[i, m], by_token[i])
+                    _count(
+                        routings[block.name].indices.cpu(),
+                        batch.flatten(),
+                        by_domain[i, m, : each[i]],
+                        by_token[i, : each[i]],
+                    )
     finally:
         model.train(mode)
     load = by_domain.sum(1)
     load = load / load.sum(-1, keepdim=True)
-    entropy = -(load * load.clamp(min=1e-30).log()).sum(-1) / torch.tensor(float(E)).log()
+    entropy = -(load * load.clamp(min=1e-30).log()).sum(-1) / torch.tensor(each, dtype=torch.float64).log()
     return RoutingReport(
         domains=list(texts),
         layers=[block.name for block in found],
         share=(by_domain / by_domain.sum(-1, keepdim=True)).tolist(),
         entropy=entropy.tolist(),
-        variation=(load.std(-1, correction=0) / load.mean(-1)).tolist(),
-        top_tokens=[[_typical(by_token[i], e, tokenizer) for e in range(E)] for i in range(L)],
+        variation=[float(load[i, :n].std(correction=0) / load[i, :n].mean()) for i, n in enumerate(each)],
+        top_tokens=[[_typical(by_token[i], e, tokenizer) for e in range(each[i])] for i in range(L)],
         bits=expert_bits(found),
         tokens=counts,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mixtura.core.balance import balance_loss, device_split, router_z_loss
+from mixtura.core.gates import top_k
 from mixtura.core.measure import bfloat16_over_float32
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.core.sparse_layers import masked_parameters
@@ -153,9 +154,11 @@ def language_loss(
     for routing in routings.values():
         logits = routing.logits if routing.logits.dtype == torch.float64 else routing.logits.float()
         if balance:
+            # What the gate wanted: a pair over an expert's capacity counts for that expert.
+            chosen = top_k(routing.logits, routing.indices.shape[-1]).indices if routing.dropped else routing.indices
             even = balance_loss(
                 logits.softmax(-1).unflatten(0, ids.shape),
-                routing.indices.unflatten(0, ids.shape),
+                chosen.unflatten(0, ids.shape),
                 expert=balance,
                 device=device,
                 groups=device_split(routing.n_experts, config.device_groups) if device else None,

@@ -134,6 +134,11 @@ def convert(
     blocks = mixture_blocks(model)
     batches = as_batches(calibration)
     shape = (len(blocks), blocks[0].n_experts)
+    if any(block.n_experts != shape[1] for block in blocks):
+        raise ValueError(
+            f"layers have {sorted({block.n_experts for block in blocks})} experts, and one program over experts needs equal "
+            "numbers; method='mixllm' takes any model"
+        )
     if allocation is None:
         # Refused before any work: the program alone would only notice after the calibration pass.
         _check_average(average_bits, blocks[0].n_experts)

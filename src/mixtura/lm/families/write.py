@@ -75,7 +75,7 @@ def why_not(family: str, config: MixturaConfig) -> str | None:
         "attention experts": config.attention == "mixture",
         "latent attention": config.attention == "latent" and family != "deepseek_v2",
         "a dense feed-forward part": not config.num_experts,
-        "layers that differ in their number of experts": not isinstance(config.num_experts, int),
+        "layers with different numbers of experts": not isinstance(config.num_experts, int),
         "a learned share of the shared expert": config.shared_combine != "sum",
         "a limit on the tokens of an expert": config.eval_capacity_factor > 0,
         "some dense layers": bool(config.dense_layers) and family not in DENSE_LAYERS,
@@ -118,7 +118,10 @@ def build(
             model: PreTrainedModel = MixturaForCausalLM(copy.deepcopy(config))
     else:
         if (reason := why_not(family, config)) is not None:
-            raise ValueError(f"{NATIVE[family].model} cannot express {reason}; save it as MixturaForCausalLM")
+            raise ValueError(
+                f"{NATIVE[family].model} cannot express {reason}; save it as MixturaForCausalLM, which transformers loads after "
+                "import mixtura and vLLM cannot load"
+            )
         renamed = _deepseek_tensor if family == "deepseek_v2" else _native_tensor
         tensor = renamed(config, _folded(config, tensor))
         model = _native_shell(config, family)

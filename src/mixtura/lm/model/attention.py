@@ -50,7 +50,8 @@ class MixturaRotaryEmbedding(nn.Module):
     def compute_default_rope_parameters(config: MixturaConfig, **_: Any) -> tuple[Tensor, float]:
         """Inverse frequencies of the rotated part of a head, and the factor 1."""
         width = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
-        return config.rope_parameters["rope_theta"] ** (-torch.arange(0, width, 2, dtype=torch.float) / width), 1.0
+        # Divided, not raised to a negative power: transformers rounds so, and its models' logits come out to the bit.
+        return 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float) / width), 1.0
 
     @torch.no_grad()
     @dynamic_rope_update

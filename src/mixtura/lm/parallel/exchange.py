@@ -28,7 +28,7 @@ from torch import Tensor
 
 from mixtura.lm.parallel.mesh import ExpertMesh
 
-__all__ = ["PLANS", "Cost", "Exchanged", "Plan", "exchange", "exchange_cost"]
+__all__ = ["PLANS", "Cost", "Exchanged", "Plan", "blocks_transposed", "exchange", "exchange_cost", "swap_rows"]
 
 Plan = Literal["direct", "coordinated", "hierarchical"]
 PLANS: tuple[Plan, ...] = ("direct", "coordinated", "hierarchical")
@@ -74,12 +74,12 @@ def exchange(rows: Tensor, counts: Tensor, mesh: ExpertMesh, *, plan: Plan = "di
         )
     table_PE = counts.view(mesh.owners, -1)
     steps, table_PE = _there(table_PE, mesh, plan)
-    steps.append(_Order(_transposed(table_PE.unsqueeze(-1))))
+    steps.append(_Order(blocks_transposed(table_PE.unsqueeze(-1))))
     if (group := mesh.group("slice")) is not None:
         own_E = table_PE.sum(0)
         table_PE = _gathered(own_E, group)  # slice, expert
         steps.append(_Spread(table_PE.sum(1).tolist(), int(own_E.sum()), group))
-        steps.append(_Order(_transposed(table_PE.unsqueeze(-1))))
+        steps.append(_Order(blocks_transposed(table_PE.unsqueeze(-1))))
     for step in steps:
         rows = step.there(rows)
 
@@ -174,10 +174,10 @@ class _Swap:
         self.send, self.receive, self.group = send.tolist(), receive.tolist(), group
 
     def there(self, rows: Tensor) -> Tensor:
-        return _swap_rows(rows, self.send, self.receive, self.group)
+        return swap_rows(rows, self.send, self.receive, self.group)
 
     def back(self, rows: Tensor) -> Tensor:
-        return _swap_rows(rows, self.receive, self.send, self.group)
+        return swap_rows(rows, self.receive, self.send, self.group)
 
 
 class _Spread:
@@ -188,10 +188,10 @@ class _Spread:
 
     def there(self, rows: Tensor) -> Tensor:
         copies = rows.repeat(len(self.lengths), *[1] * (rows.dim() - 1))
-        return _swap_rows(copies, [self.own] * len(self.lengths), self.lengths, self.group)
+        return swap_rows(copies, [self.own] * len(self.lengths), self.lengths, self.group)
 
     def back(self, rows: Tensor) -> Tensor:
-        parts = _swap_rows(rows, self.lengths, [self.own] * len(self.lengths), self.group)
+        parts = swap_rows(rows, self.lengths, [self.own] * len(self.lengths), self.group)
         return parts.view(len(self.lengths), self.own, *rows.shape[1:]).sum(0)
 
 
@@ -251,10 +251,10 @@ class _Swapped(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return _swap_rows(grad, *ctx.mirror), None, None, None
+        return swap_rows(grad, *ctx.mirror), None, None, None
 
 
-def _swap_rows(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+def swap_rows(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
     swapped: Tensor = _Swapped.apply(rows, send, receive, group)
     return swapped
 
@@ -281,7 +281,7 @@ def _hierarchical(table_PE: Tensor, mesh: ExpertMesh) -> tuple[list[Step], Tenso
     steps: list[Step] = []
     for lists in (near, far):
         group = mesh.group(lists)
-        steps.append(_Order(_transposed(table)))
+        steps.append(_Order(blocks_transposed(table)))
         table = table.transpose(0, 1).contiguous()
         if group is not None:
             received = _swapped_counts(table, group)
@@ -298,7 +298,7 @@ def _coordinated(table_PE: Tensor, mesh: ExpertMesh) -> tuple[list[Step], Tensor
         raise RuntimeError("tensor ranks must hold the same rows, and their counts differ; give them the same tokens")
     table = table_PE.view(mesh.expert, mesh.tensor, -1)
     steps: list[Step] = [
-        _Order(_transposed(table)),
+        _Order(blocks_transposed(table)),
         _Share(table.sum((0, 2)).tolist(), place, group),
     ]
     mine = table[:, place].contiguous()
@@ -321,7 +321,7 @@ def _swapped_counts(table: Tensor, group: Group) -> Tensor:
     return received
 
 
-def _transposed(table: Tensor) -> Tensor:
+def blocks_transposed(table: Tensor) -> Tensor:
     """Order that takes rows in blocks (a, b, c) of lengths ``table`` to blocks (b, a, c)."""
     starts = (table.flatten().cumsum(0) - table.flatten()).view(table.shape)
     lengths, first = (t.transpose(0, 1).flatten() for t in (table, starts))

@@ -20,15 +20,16 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.core.team import Alone
 from mixtura.lm.parallel.exchange import Plan
 from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts, single_name
-from mixtura.lm.parallel.forms import apply_plan
+from mixtura.lm.parallel.forms import apply_plan, shard
 from mixtura.lm.parallel.gradients import clip_gradients, reduce_gradients
-from mixtura.lm.parallel.mesh import AXES, ExpertMesh, parse_layout, started_processes
+from mixtura.lm.parallel.mesh import AXES, ExpertMesh, make_mesh, parse_layout, started_processes
 
 __all__ = ["ExpertParallel", "LostProcess", "join"]
 
@@ -45,7 +46,8 @@ def join(layout: str, *, device: str = "cpu", plan: Plan | None = None) -> tuple
     """Meet the other processes that torchrun started, and take a place among them.
 
     Args:
-        layout: words for :func:`~mixtura.lm.parallel.mesh.parse_layout`.
+        layout: words for :func:`~mixtura.lm.parallel.mesh.parse_layout`, or ``hecate`` and what follows it
+            (:mod:`~mixtura.lm.parallel.sharded_training`).
         device: ``cpu``, or ``cuda`` for one device a process.
         plan: how rows travel; None: as the layout wants it.
     Returns:
@@ -54,12 +56,18 @@ def join(layout: str, *, device: str = "cpu", plan: Plan | None = None) -> tuple
         ValueError: a layout that does not fit the number of processes.
     """
     world = started_processes()
-    mesh = parse_layout(layout, world, node=int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    sharded = layout.split(",")[0].strip() == "hecate"
+    mesh = make_mesh(world, node=node) if sharded else parse_layout(layout, world, node=node)
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=TIMEOUT))
+    if sharded:
+        from mixtura.lm.parallel.sharded_training import Sharded  # which stands on this module
+
+        return Sharded.of(layout, mesh), device
     return ExpertParallel(mesh, plan=plan), device
 
 
@@ -87,6 +95,13 @@ class ExpertParallel(Alone):
         """Leave in each process its part of the model, in place. Collective."""
         apply_plan(model, self.mesh, self.form, plan=self.plan)
         self._modules = dict(parallel_experts(model))
+
+    def adopt(self, model: nn.Module) -> None:
+        """Take a model whose experts are spread already, and shard the rest where the form has Z. Collective."""
+        self._modules = dict(parallel_experts(model))
+        if self.mesh.world > 1 and "Z" in self.form.split("+"):
+            device = next(model.parameters()).device.type
+            shard(model, init_device_mesh(device, (self.mesh.world,), mesh_dim_names=("data",)))
 
     def rows(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch; parts differ by one row at most.

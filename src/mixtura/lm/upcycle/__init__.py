@@ -8,12 +8,14 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, branch, mix, vocabularies_agree
     from mixtura.lm.upcycle.branch_train_mix import average, to_standard
     from mixtura.lm.upcycle.copies import CopyConfig
+    from mixtura.lm.upcycle.pyramid import PyramidConfig
     from mixtura.lm.upcycle.segments import segment
 
 __all__ = [
     "METHODS",
     "BranchAttendConfig",
     "CopyConfig",
+    "PyramidConfig",
     "average",
     "branch",
     "mix",
@@ -28,6 +30,7 @@ _HOMES = {
     "branch_attend_mix": ("BranchAttendConfig", "branch", "mix", "vocabularies_agree"),
     "branch_train_mix": ("average", "to_standard"),
     "copies": ("CopyConfig",),
+    "pyramid": ("PyramidConfig",),
     "segments": ("segment",),
 }
 

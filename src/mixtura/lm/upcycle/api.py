@@ -11,18 +11,20 @@ from mixtura.lm.families import native_family
 from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
 from mixtura.lm.upcycle.branch_train_mix import to_standard
 from mixtura.lm.upcycle.copies import CopyConfig, copies
+from mixtura.lm.upcycle.pyramid import PyramidConfig
+from mixtura.lm.upcycle.pyramid import convert as pyramid
 
 __all__ = ["METHODS", "upcycle"]
 
-METHODS = ("copy", "fine-grained", "branch-attend-mix", "branch-train-mix")
+METHODS = ("copy", "fine-grained", "pyramid", "branch-attend-mix", "branch-train-mix")
 Model: TypeAlias = PreTrainedModel | str | Path
 
 
 def upcycle(
     model_or_models: Model | Sequence[Model] | Mapping[str, Model],
     *,
-    method: Literal["copy", "fine-grained", "branch-attend-mix", "branch-train-mix"] = "copy",
-    n_experts: int | None = None,
+    method: Literal["copy", "fine-grained", "pyramid", "branch-attend-mix", "branch-train-mix"] = "copy",
+    n_experts: int | Sequence[int] | None = None,
     top_k: int | None = None,
     seed: int = 0,
     **options: Any,
@@ -34,6 +36,8 @@ def upcycle(
     =====================  ==================================================================================================
     ``copy``               one model; every expert a copy of the feed-forward part; computes what the dense model computed
     ``fine-grained``       the same, each copy cut into ``segments`` experts, ``shared`` of them always on
+    ``pyramid``            one model; experts beside its feed-forward parts, more of them in deeper layers; answers as the dense
+                           model did, to the bit
     ``branch-attend-mix``  several models; feed-forward parts and attentions become experts, the rest is averaged
     ``branch-train-mix``   several models; feed-forward parts become experts, attention is averaged too
     =====================  ==================================================================================================
@@ -42,10 +46,13 @@ def upcycle(
         model_or_models: dense model or path, read tensor by tensor; for the ``branch`` methods several, by name or in order.
             None of them is changed.
         method: see above.
-        n_experts: copies (default 8). The ``branch`` methods have one expert a model, and take no other number.
-        top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, and 1 for the ``branch`` methods.
+        n_experts: copies (default 8); for ``pyramid`` also a list, one number for each layer that gets experts. The ``branch``
+            methods have one expert a model, and take no other number.
+        top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, and 1 for the ``branch`` methods and
+            for ``pyramid``, which has no other.
         seed: draws routers and noise.
-        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig` or, for the ``branch`` methods, of
+        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig`, for ``pyramid`` of
+            :class:`~mixtura.lm.upcycle.pyramid.PyramidConfig` or, for the ``branch`` methods, of
             :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`.
     Returns:
         A native transformers family where one has the structure (Mixtral, Qwen2-MoE, Qwen3-MoE, FlexOlmo, OLMoE), else
@@ -71,6 +78,17 @@ def upcycle(
         raise TypeError(
             f"method={method!r} takes one model, got {type(model_or_models).__name__}; use branch-attend-mix"
         )
+    if method == "pyramid":
+        if top_k not in (None, 1):
+            raise ValueError(
+                f"top_k must be 1 for a pyramid, where a token visits one expert and the fixed network, got {top_k}"
+            )
+        _check_options(PyramidConfig, options, method)
+        return pyramid(
+            model_or_models, PyramidConfig(num_experts=8 if n_experts is None else n_experts, seed=seed, **options)
+        )
+    if n_experts is not None and not isinstance(n_experts, int):
+        raise TypeError(f"n_experts as a list goes with method='pyramid', got {n_experts!r} for {method!r}")
     if method == "copy" and (extra := {"segments", "shared"} & set(options)):
         raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")
     if method == "fine-grained":
@@ -85,7 +103,7 @@ def upcycle(
 def _mixed(
     models: Mapping[str, Model],
     method: str,
-    n_experts: int | None,
+    n_experts: int | Sequence[int] | None,
     top_k: int | None,
     seed: int,
     options: dict[str, Any],
@@ -115,7 +133,9 @@ def _named(models: Any, method: str) -> Mapping[str, Model]:
 
 
 def _check_options(config: Any, options: Mapping[str, Any], method: str) -> None:
-    known = [f for f in config.__dataclass_fields__ if f not in ("n_experts", "top_k", "ffn_top_k", "seed")]
+    known = [
+        f for f in config.__dataclass_fields__ if f not in ("n_experts", "num_experts", "top_k", "ffn_top_k", "seed")
+    ]
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"method={method!r} has no option {unknown}; it has {known}")
