@@ -209,6 +209,8 @@ def parallelize_experts(model: Model, mesh: ExpertMesh, *, slices: int | None = 
     blocks = find_moe(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no mixture layers, so it has no experts to spread")
+    if any(getattr(block.gate, "reads_experts", False) for block in blocks):
+        raise ValueError("router='sparsity' reads the weights of all experts, so they have to be in every process")
     if any(isinstance(block.experts, ParallelExperts) for block in blocks):
         raise ValueError("the model's experts are spread over processes already")
     meshes = {}

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.copies import CopyConfig
     from mixtura.lm.upcycle.pyramid import PyramidConfig
     from mixtura.lm.upcycle.segments import segment
+    from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = [
     "METHODS",
     "BranchAttendConfig",
     "CopyConfig",
     "PyramidConfig",
+    "WideCopyConfig",
     "average",
     "branch",
     "mix",
@@ -23,6 +25,7 @@ __all__ = [
     "to_standard",
     "upcycle",
     "vocabularies_agree",
+    "wide_copies",
 ]
 
 _HOMES = {
@@ -32,6 +35,7 @@ _HOMES = {
     "copies": ("CopyConfig",),
     "pyramid": ("PyramidConfig",),
     "segments": ("segment",),
+    "wide_copies": ("WideCopyConfig", "wide_copies"),
 }
 
 
