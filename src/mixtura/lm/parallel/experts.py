@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixtura.lm.anatomy import find_moe
 from mixtura.lm.parallel.exchange import PLANS, Plan, exchange
@@ -248,6 +249,8 @@ def gather_experts(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(f".{LOCAL}.")
         module = spread.get(path)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         whole = module.whole(last, tensor) if module is not None and last in module.stacked else tensor
         found[name if module is None else f"{path}.{last}"] = whole
     return found
