@@ -80,6 +80,7 @@ def shard(model: nn.Module, data: DeviceMesh, **options: Any) -> None:
             copies = module.mesh.device_mesh(data.device_type)["expert_data"]
             fully_shard(module, mesh=copies, reshard_after_forward=False, **options)
             module.set_gradient_divide_factor(module.divisor)  # not by the copies alone: the gradient rule
+            module.set_force_sum_reduction_for_comms(True)  # a sum that is divided: gloo cannot scale while it sums
     rest: dict[str, Any] = {
         "mesh": data,
         "ignored_params": {p for p, rule in expert_rules(model).items() if rule.copies == 1},
