@@ -20,17 +20,21 @@ def when_transformers_is_imported() -> None:
 def _config(auto: ModuleType) -> None:
     from mixtura.lm.attention.late import placeholders
     from mixtura.lm.model.config import MixturaConfig
+    from mixtura.lm.model.multitask_config import MultitaskMoEConfig
 
     auto.AutoConfig.register("mixtura", MixturaConfig, exist_ok=True)
+    auto.AutoConfig.register("mixtura_multitask", MultitaskMoEConfig, exist_ok=True)
     for kind, placeholder in placeholders().items():
         auto.AutoConfig.register(kind, placeholder, exist_ok=True)
 
 
 def _model(auto: ModuleType) -> None:
     from mixtura.lm.model.config import MixturaConfig
-    from mixtura.lm.model.late import MixturaForCausalLM
+    from mixtura.lm.model.late import MixturaForCausalLM, MultitaskMoEForConditionalGeneration
+    from mixtura.lm.model.multitask_config import MultitaskMoEConfig
 
     auto.AutoModelForCausalLM.register(MixturaConfig, MixturaForCausalLM, exist_ok=True)
+    auto.AutoModelForSeq2SeqLM.register(MultitaskMoEConfig, MultitaskMoEForConditionalGeneration, exist_ok=True)
 
 
 def _quantizers(auto: ModuleType) -> None:

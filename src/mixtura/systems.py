@@ -128,6 +128,13 @@ SYSTEMS: tuple[System, ...] = (
         "2109.10465",
         "lm",
         "One translator of many languages as a mixture, trained over processes and pruned of experts afterwards.",
+        (
+            "mixtura.lm.model.MultitaskMoEForConditionalGeneration",
+            "mixtura.lm.multitask.TaskMixture",
+            "mixtura.lm.aggregate_experts.aggregate",
+            "mixtura.lm.prune_experts.prune",
+            "mixtura.core.capacity.capacity_select",
+        ),
     ),
     System(
         "sparse-attention-mix",
@@ -148,6 +155,13 @@ SYSTEMS: tuple[System, ...] = (
         "2503.07639",
         "lm",
         "Wide sparse experts, routed by how sparse their activations would be, whose features can be read.",
+        (
+            "mixtura.lm.wide_sparse.WideSparseMoE",
+            "mixtura.core.sparsity_gate.SparsityAwareGate",
+            "mixtura.lm.upcycle.upcycle",
+            "mixtura.lm.unit_report.unit_report",
+            "mixtura.lm.unit_probes.BoardProbe",
+        ),
     ),
     System(
         "mixllm",

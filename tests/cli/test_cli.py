@@ -13,7 +13,20 @@ import pytest
 
 from mixtura.cli import main
 
-COMMANDS = ("demo", "systems", "show", "claim", "upcycle", "train", "compress", "generate", "inspect", "compare")
+COMMANDS = (
+    "demo",
+    "systems",
+    "show",
+    "claim",
+    "upcycle",
+    "train",
+    "compress",
+    "prune",
+    "generate",
+    "inspect",
+    "compare",
+    "explain",
+)
 
 
 @dataclass

@@ -9,14 +9,12 @@ from mixtura.core.capacity import capacity, capacity_select
 from mixtura.core.gates import (
     Gate,
     GateConfig,
-    SparsityAwareGate,
     TemperatureSchedule,
     activation_gate,
     best_experts,
     limit_capacity,
     log_weights,
     soft,
-    sparsity_scores,
     temperature_gate,
     top_k,
 )
@@ -82,27 +80,6 @@ def test_gradients_agree_with_finite_differences_and_unchosen_experts_get_none()
     (grad,) = torch.autograd.grad(routing.weights[:, 0].sum(), x)
     unchosen = torch.ones_like(grad, dtype=torch.bool).scatter(-1, routing.indices, False)
     assert grad[unchosen].abs().max() == 0
-
-
-def test_the_sparsity_score_is_the_share_of_units_that_fire_when_units_are_normal():
-    g = torch.Generator().manual_seed(0)
-    n_units = 40_000
-    weight = torch.randn(2, n_units, 3, generator=g) + torch.tensor([[[0.5, 0.0, 0.0]], [[-1.0, 0.2, 0.0]]])
-    bias = torch.randn(2, n_units, generator=g) * 0.3 + 0.1
-    x = torch.randn(4, 3, generator=g)
-    fired = (torch.einsum("td,ehd->teh", x, weight) + bias > 0).float().mean(-1)
-    for statistics in ("diagonal", "full"):
-        share = (1 - sparsity_scores(x, weight, bias, statistics=statistics)) / 2
-        # Five standard errors of a share, 5 * 0.5 / sqrt(40_000) = 0.0125.
-        assert (share - fired).abs().max() < 0.0125
-
-
-def test_full_statistics_use_the_exact_variance_over_hidden_units():
-    g = torch.Generator().manual_seed(1)
-    weight, x = torch.randn(2, 7, 3, generator=g).double(), torch.randn(5, 3, generator=g).double()
-    z = torch.einsum("td,ehd->teh", x, weight)
-    want = -torch.erf(z.mean(-1) / (2 * (z.var(-1, correction=0) + 1e-6)).sqrt())
-    torch.testing.assert_close(sparsity_scores(x, weight, statistics="full"), want)
 
 
 def test_capacity_keeps_the_first_the_best_or_a_random_few():
@@ -248,14 +225,6 @@ def test_the_balance_bias_moves_the_choice_and_not_the_weight():
     torch.testing.assert_close(after.weights[:, 0], before.probs[:, 0])
 
 
-def test_the_sparsity_aware_gate_has_no_parameters_and_teaches_the_experts():
-    gate = SparsityAwareGate(2)
-    weight = torch.randn(4, 6, 5, dtype=torch.float64, requires_grad=True)
-    x = torch.randn(3, 5, dtype=torch.float64)
-    assert not list(gate.parameters())
-    assert torch.autograd.gradcheck(lambda w: gate(x, w).weights, weight)
-
-
 # --- contract -------------------------------------------------------------------------------------------------------
 
 
@@ -276,8 +245,6 @@ def test_the_sparsity_aware_gate_has_no_parameters_and_teaches_the_experts():
         (lambda: GateConfig(k=1, noise=-1.0), "noise must be >= 0, got -1.0"),
         (lambda: GateConfig(k=1, policy="fair"), r"policy must be one of \['prefix', 'probs', 'random'\], got 'fair'"),
         (lambda: Gate(3, 2, GateConfig(k=3)), "k must be between 1 and n_experts=2, got 3"),
-        (lambda: SparsityAwareGate(0), "k must be at least 1, got 0"),
-        (lambda: sparsity_scores(torch.zeros(2, 3), torch.zeros(2, 4, 5)), "must share D"),
         (lambda: capacity(8, 2, 0.0), "factor must be > 0, got 0.0"),
         (lambda: capacity_select(torch.zeros(1, 1).long(), 1, 1, policy="fair"), "policy must be one of"),
         (lambda: capacity_select(torch.zeros(1, 1).long(), 1, 1, policy="probs"), "probs goes with policy 'probs'"),

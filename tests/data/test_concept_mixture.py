@@ -31,3 +31,11 @@ def test_the_same_step_gives_the_same_batch_and_another_step_or_seed_another():
 def test_more_concepts_shown_than_there_are_is_refused():
     with pytest.raises(ValueError, match="shown must be between 1 and concepts=2, got 3"):
         ConceptMixture(concepts=2)
+
+
+def test_a_layer_that_starts_from_the_same_seed_does_not_know_the_keys():
+    for seed in range(4):
+        keys = ConceptMixture(seed=seed)._maps["keys"]
+        start = torch.randn(4096, 64, generator=torch.Generator().manual_seed(seed))
+        cosine = F.normalize(keys, dim=1) @ F.normalize(start, dim=1).T
+        assert cosine.max() < 0.7  # the largest of 100,000 random ones is near 0.55

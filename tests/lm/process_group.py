@@ -24,7 +24,7 @@ def in_processes(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 def _process(rank: int, world: int, work: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
     torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=180)
     )
     torch.save(work(rank, *args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

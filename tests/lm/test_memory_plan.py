@@ -3,10 +3,12 @@
 import pytest
 import torch
 from process_group import in_processes
+from torch.distributed.tensor import DTensor
 
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
 from mixtura.lm.parallel import make_mesh, parallelize_experts, reduce_gradients
 from mixtura.lm.parallel.cluster import ModelShape
+from mixtura.lm.parallel.forms import apply_plan
 from mixtura.lm.parallel.plan import FORMS, Sizes, largest, memory, sizes_of
 from mixtura.lm.parallel.sharded_experts import shard_experts, sharded_layers
 
@@ -69,6 +71,39 @@ def test_processes_hold_what_the_plan_says():
         assert sum(found["held"]) == pytest.approx(want.device, rel=0.02)
         assert plain.device == pytest.approx(ours.device - ours.parts["copies"])
         assert found["copies"] * sizes.expert * 8 <= ours.parts["copies"]
+
+
+FORM_CASES = [("E+D", 2), ("E+Z", 4), ("E+D+Z", 2)]
+
+
+def held_by_form(rank):
+    """Bytes of gradients and of states of a process after a step, by form."""
+    found = []
+    for form, expert in FORM_CASES:
+        mesh = make_mesh(4, expert=expert)
+        model = apply_plan(make_model().train(), mesh, form)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False)
+        ids = torch.randint(0, 60, (2, 6), generator=torch.Generator().manual_seed(rank))
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        reduce_gradients(model, mesh)
+        optimizer.step()
+        states = [t for state in optimizer.state.values() for t in state.values() if t.dim()]
+        found.append([sum(local_bytes(t) for t in ts) for ts in ([p.grad for p in model.parameters()], states)])
+    return found
+
+
+def local_bytes(t):
+    t = t.to_local() if isinstance(t, DTensor) else t
+    return t.numel() * t.element_size()
+
+
+def test_forms_shard_gradients_and_states_as_the_plan_says():
+    found = in_processes(4, held_by_form)
+    for at, (form, expert) in enumerate(FORM_CASES):
+        want = memory(make_model(), make_mesh(4, expert=expert), form, bytes=FLOAT32_ADAM).parts
+        for rank in range(4):
+            # Rows are cut whole, so a process may hold one more of some tensor.
+            assert found[rank][at] == pytest.approx([want["gradients"], want["states"]], rel=0.02), form
 
 
 def test_a_shape_counts_what_the_model_has():

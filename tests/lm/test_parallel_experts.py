@@ -31,7 +31,6 @@ FOUR = [
     ("even", {"expert": 2}, "direct"),
     ("even", {"expert": 2, "slices": 2}, "direct"),
     ("even", {"expert": 2, "tensor": 2}, "coordinated"),
-    ("even", {"expert": 1, "tensor": 2}, "coordinated"),
     ("even", {"expert": 2, "tensor": 2}, "direct"),
     ("even", {"expert": 4, "node": 2}, "hierarchical"),
     ("pyramid", {"expert": 4}, "direct"),
@@ -42,7 +41,6 @@ TWO = [
     ("even", {"expert": 2}, "direct"),
     ("even", {"slices": 2}, "direct"),
     ("pyramid", {"tensor": 2}, "coordinated"),
-    ("pyramid", {"expert": 1}, "direct"),
 ]
 
 

@@ -19,9 +19,11 @@ from mixtura.cli import (
     demo,
     discover,
     distill,
+    explain,
     lm,
     outliers,
     plan,
+    prune,
     regress,
     search,
     separate,
@@ -36,6 +38,7 @@ EXTRAS = {
     "PIL": "vision",
     "Stemmer": "search",
     "bm25s": "search",
+    "chess": "chess",
     "pandas": "density",
     "pyarrow": "density",
     "sklearn": "density",
@@ -58,7 +61,9 @@ app = typer.Typer(
 demo.add_to(app)
 lm.add_to(app)
 convert.add_to(app)
+prune.add_to(app)
 distill.add_to(app)
+explain.add_to(app)
 compare.add_to(app)
 cluster.add_to(app)
 discover.add_to(app)

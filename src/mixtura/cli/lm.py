@@ -28,6 +28,7 @@ class UpcycleMethod(StrEnum):
 
     copy = "copy"
     fine_grained = "fine-grained"
+    interpretable = "interpretable"
     own_units = "own-units"
     pyramid = "pyramid"
     branch_attend_mix = "branch-attend-mix"
@@ -98,7 +99,7 @@ def upcycle(
     experts: Annotated[
         str,
         typer.Option(
-            help="Experts a layer (copy, fine-grained); for pyramid also of each in turn: 4,4,8,8 or 4x2,8x2."
+            help="Experts a layer (copy, fine-grained, interpretable); for pyramid also of each in turn: 4,4,8,8 or 4x2,8x2."
         ),
     ] = "8",
     top_k: Annotated[
@@ -138,7 +139,9 @@ def upcycle(
     into blocks, keeps those that all tokens need always on, and lets each token choose a few of the others, so that it costs less
     and answers less well until it is trained. `branch-attend-mix` makes experts of several specialists,
     feed-forward and attention; `branch-train-mix` averages their attention instead. `pyramid` keeps the dense feed-forward layer
-    of every second block and puts one of several experts beside it, more of them in deeper blocks.
+    of every second block and puts one of several experts beside it, more of them in deeper blocks. `interpretable` makes sparse
+    ReLU experts of random halves of the layer, whose units `mixtura explain` reads; it wants a model without gated
+    feed-forward parts, and training afterwards.
 
     Examples:
 
@@ -149,6 +152,8 @@ def upcycle(
         mixtura upcycle base out/pyramid --method pyramid --experts 4,4,8,8
 
         mixtura upcycle base code law out/bam --method branch-attend-mix --top-k 1
+
+        mixtura upcycle EleutherAI/pythia-160m out/wide --method interpretable
     """
     from mixtura.cli import work
 
@@ -159,7 +164,7 @@ def upcycle(
     options: dict[str, Any] = {"seed": seed}
     if top_k is not None or not own:
         options["top_k"] = (1 if several else 2) if top_k is None else top_k
-    if method in (UpcycleMethod.copy, UpcycleMethod.fine_grained, UpcycleMethod.pyramid):
+    if not method.value.startswith("branch") and not own:
         counts = work.expert_counts(experts)
         if len(counts) > 1 and not several:
             raise ValueError(f"--experts as a list goes with --method pyramid, got {experts!r} for {method.value}")
@@ -244,6 +249,10 @@ def train(
     A .json file names the parts of a new model (fields of `MixturaConfig`: experts, shared ones, latent attention and so on);
     its tokenizer is learned from the text. A new model wants a rate near 2e-3 and thousands of steps.
 
+    With `"model_type": "mixtura_multitask"` in it the model is an encoder-decoder that translates and repairs text (fields of
+    `MultitaskMoEConfig`). It takes one `--text`: a folder with files such as `en-de.src` and `en-de.tgt`, one text a line, and
+    perhaps `de.txt`, text to repair; or the word `debian`, for descriptions of packages in twelve languages.
+
     An interrupted run leaves its last checkpoint beside the output; the same command goes on from there, also with another
     number of processes: started by torchrun, several processes train one model, each with its part of the rows and experts.
 
@@ -258,11 +267,15 @@ def train(
         mixtura train out/moe --trainable router --steps 50 --out out/routed
 
         mixtura train fine.json --text notes/ --steps 2000 --lr 2e-3 --out out/fine
+
+        mixtura train translate.json --text debian --steps 2000 --batch 16 --length 64 --lr 5e-3 --out out/translate
     """
     from mixtura.cli import work
+    from mixtura.cli.multitask_work import is_multitask, train_multitask
 
     source = Path(directory)
-    work.train(
+    run = train_multitask if is_multitask(directory) else work.train
+    run(
         directory,
         out or source.with_name(f"{source.name.removesuffix('.json')}-trained"),
         text,

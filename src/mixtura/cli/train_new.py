@@ -13,7 +13,7 @@ from mixtura.core.checkpoint import read_json, write_json
 if TYPE_CHECKING:
     from mixtura.lm.model import MixturaConfig
 
-__all__ = ["config_of", "is_config", "start"]
+__all__ = ["config_of", "is_config", "read_fields", "start"]
 
 FACTS = "started-from.json"  # what a start was made of, to tell whether an interrupted run may go on from it
 
@@ -71,13 +71,18 @@ def start(
     return beside
 
 
-def _fields(source: str) -> dict[str, Any]:
-    from mixtura.lm.model import MixturaConfig
+def read_fields(source: str, kind: Any, also: Sequence[str] = ()) -> dict[str, Any]:
+    """The fields of a config that a JSON file holds; the errors are those of :func:`start`.
 
+    Args:
+        source: the file.
+        kind: class of the config, whose fields are known.
+        also: further names that are no error.
+    """
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
-            f"{source} does not exist; give a JSON file with fields of MixturaConfig, or a checkpoint"
+            f"{source} does not exist; give a JSON file with fields of {kind.__name__}, or a checkpoint"
         )
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +90,13 @@ def _fields(source: str) -> dict[str, Any]:
         raise ValueError(f"{source} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{source} must hold a JSON object of config fields, got {type(fields).__name__}")
-    known = set(MixturaConfig().to_dict())
+    known = {*kind().to_dict(), *also}
     if unknown := sorted(set(fields) - known):
-        raise ValueError(f"{source} has unknown fields {unknown}; MixturaConfig has {sorted(known)}")
+        raise ValueError(f"{source} has unknown fields {unknown}; {kind.__name__} has {sorted(known)}")
     return fields
+
+
+def _fields(source: str) -> dict[str, Any]:
+    from mixtura.lm.model import MixturaConfig
+
+    return read_fields(source, MixturaConfig)

@@ -79,8 +79,9 @@ def _upcycled(sources: Sequence[str], method: str, options: Mapping[str, Any]) -
     copies = options.get("n_experts", len(sources))
     copies = max(copies) if isinstance(copies, list) else copies
     # Feed-forward weights are about two thirds of a dense decoder; the exact size is known once it is built.
-    total = round(dense.total * (1 + 0.67 * (copies - 1)))
-    return cost.Size(total, round(dense.total * (1 + 0.67 * (options["top_k"] - 1))))
+    share = 0.5 if method == "interpretable" else 1.0  # of the feed-forward part that an expert holds
+    total = round(dense.total * (1 + 0.67 * (share * copies - 1)))
+    return cost.Size(total, round(dense.total * (1 + 0.67 * (share * options["top_k"] - 1))))
 
 
 def expert_counts(text: str) -> list[int]:

@@ -12,7 +12,7 @@ Shapes: T tokens, D width, E experts, K experts a token visits. Functions take t
 
 Sources: Shazeer et al. 2017 (1701.06538), eq. 3-5 (top-k, noise); Switch Transformers (2101.03961), sec. 2.2
 (capacity); 2109.10465, sec. 3.2 (random token selection); EvoMoE (2112.14397), sec. 3.3 (dense-to-sparse);
-2401.13875 (activation before softmax); MoE-X (2503.07639), sec. 4 (sparsity-aware).
+2401.13875 (activation before softmax). The gate without parameters is in `sparsity_gate`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ __all__ = [
     "Gate",
     "GateConfig",
     "Routing",
-    "SparsityAwareGate",
     "TemperatureSchedule",
     "activation_gate",
     "best_experts",
@@ -42,13 +41,11 @@ __all__ = [
     "limit_capacity",
     "log_weights",
     "soft",
-    "sparsity_scores",
     "temperature_gate",
     "top_k",
 ]
 
 _FEW = 8  # experts up to which all pairs are compared; each pair is one pass over the tokens
-_EPS = 1e-6  # added to a variance before its square root
 
 
 @dataclass(frozen=True)
@@ -270,46 +267,13 @@ def activation_gate(
     return temperature_gate(activation(_checked_logits(slopes)) + bias, temperature)
 
 
-def sparsity_scores(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, statistics: Literal["diagonal", "full"] = "diagonal"
-) -> Tensor:
-    """Minus the expected activity of each ReLU expert: high when few of its hidden units would fire on the token.
-
-    Hidden units of an expert are taken as draws of a normal: m = mean over units of the pre-activation and v its
-    variance; the score is -erf(m / sqrt(2 v)), in (-1, 1), and 1/2 (1 - score) the expected share of active units.
-
-    Args:
-        x: shape (T, D).
-        weight: the experts' input matrices, shape (E, H, D).
-        bias: their biases, shape (E, H).
-        statistics: "diagonal" takes inputs as independent, v = sum_j s2_j x_j^2 (the paper); "full" uses the exact
-            variance over the hidden units, v = x' Cov x.
-    Returns:
-        Shape (T, E), float32 or wider. Gradients reach ``x`` and ``weight``.
-    Source:
-        MoE-X (2503.07639), eq. 9-11.
-    """
-    if weight.dim() != 3 or x.dim() != 2 or x.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"x (T, D) and weight (E, H, D) must share D, got {tuple(x.shape)} and {tuple(weight.shape)}")
-    if statistics not in ("diagonal", "full"):
-        raise ValueError(f"statistics must be one of ['diagonal', 'full'], got {statistics!r}")
-    with torch.autocast(x.device.type, enabled=False):
-        x_TD, weight_EHD = _wide(x), _wide(weight)
-        if bias is not None:  # a bias is one more input that is always 1
-            x_TD = F.pad(x_TD, (0, 1), value=1.0)
-            weight_EHD = torch.cat([weight_EHD, _wide(bias).unsqueeze(-1)], dim=-1)
-        mean_ED = weight_EHD.mean(1)
-        mean_TE = x_TD @ mean_ED.T
-        if statistics == "diagonal":
-            var_TE = x_TD.square() @ weight_EHD.var(1, correction=0).T
-        else:
-            centred_EHD = weight_EHD - mean_ED.unsqueeze(1)
-            var_TE = torch.einsum("td,ehd->teh", x_TD, centred_EHD).square().mean(-1)
-        return -torch.erf(mean_TE / (2 * (var_TE + _EPS)).sqrt())
-
-
 def limit_capacity(
-    routing: Routing, limit: int, *, policy: CapacityPolicy = "prefix", generator: torch.Generator | None = None
+    routing: Routing,
+    limit: int,
+    *,
+    policy: CapacityPolicy = "prefix",
+    groups: int = 1,
+    generator: torch.Generator | None = None,
 ) -> Routing:
     """The same routing with the pairs over an expert's capacity sent to the sentinel, at weight 0.
 
@@ -322,6 +286,7 @@ def limit_capacity(
         limit,
         policy=policy,
         probs=routing.weights.detach() if policy == "probs" else None,
+        groups=groups,
         generator=generator,
     )
     return _without(routing, ~kept_TK)
@@ -397,25 +362,6 @@ class Gate(nn.Module):
 
     def extra_repr(self) -> str:
         return f"width={self.weight.shape[1]}, n_experts={self.n_experts}, k={self.config.k}"
-
-
-class SparsityAwareGate(nn.Module):
-    """Gate without parameters: a token visits the k experts that would fire the fewest hidden units on it.
-
-    Call it with the experts' input matrices, ``gate(x, weight)``; see `sparsity_scores`. Weights are the softmax over
-    the chosen scores.
-    """
-
-    def __init__(self, k: int, *, statistics: Literal["diagonal", "full"] = "diagonal") -> None:
-        super().__init__()
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        self.k = k
-        self.statistics = statistics
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Routing:
-        scores_TE = sparsity_scores(x.reshape(-1, x.shape[-1]), weight, bias, statistics=self.statistics)
-        return top_k(scores_TE, self.k)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 __all__ = ["ConceptMixture"]
 
+MAPS = 500_000  # stands where no step does
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConceptMixture:
@@ -38,7 +40,8 @@ class ConceptMixture:
     def __post_init__(self) -> None:
         if not 1 <= self.shown <= self.concepts:
             raise ValueError(f"shown must be between 1 and concepts={self.concepts}, got {self.shown}")
-        draw = torch.Generator().manual_seed(self.seed)
+        # A stream of its own: a layer that starts from the same small seed would start with the concepts' keys as rows.
+        draw = torch.Generator().manual_seed((self.seed + 1) * 1_000_003 - MAPS)
 
         def normal(*shape: int, fan_in: int) -> Tensor:
             return torch.randn(*shape, generator=draw) * fan_in**-0.5

@@ -38,6 +38,7 @@ __all__ = [
     "description_corpora",
     "parse_descriptions",
     "questions_of",
+    "source_packages",
 ]
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,7 @@ LANGUAGES = ("en", "da", "it", "fr", "de", "sk", "pt_BR", "ja", "ko", "uk", "pl"
 LEAST_WORDS = 20  # of a long description, to be a document
 LEAST_QUERY_WORDS = 3  # of a short one, to be a question
 SPACELESS = ("ja", "zh_CN")  # written without spaces between words
+SOURCES = "sources.gz"  # in the cache: a binary package and its source package a line
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 
 
@@ -170,6 +172,28 @@ def parse_descriptions(lines: Iterable[str], language: str) -> Iterator[Descript
     yield from entry()
 
 
+def source_packages(*, folder: str | Path | None = None, cache: str | Path | None = None) -> dict[str, str]:
+    """Source package of every binary package whose source has another name.
+
+    Args:
+        folder: directory with Debian's ``Packages`` (perhaps .gz, .bz2, .xz); without one in it nothing is known.
+        cache: see :func:`debian_descriptions`; apt is asked where it does not hold the list yet.
+    """
+    if folder is not None:
+        path = next(
+            (p for p in sorted(Path(folder).iterdir()) if re.search(r"Packages(\.gz|\.bz2|\.xz)?$", p.name)), None
+        )
+        if path is None:
+            return {}
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8", errors="replace") as handle:  # type: ignore[operator]
+            return _sources(handle)
+    kept = Path(cache or cache_directory() / "package-descriptions")
+    if not (kept / SOURCES).exists():
+        _fetch(kept, ["en"])
+    with gzip.open(kept / SOURCES, "rt", encoding="utf-8") as lines:
+        return dict(line.split() for line in lines)
+
+
 def questions_of(entries: Sequence[Description], *, language: str = "en") -> list[Description]:
     """Entries whose short description can be asked: of three words at least, and of no other package text."""
     counts = Counter(entry.short.casefold() for entry in entries)
@@ -253,6 +277,7 @@ def _fetch(kept: Path, languages: Sequence[str]) -> None:
         lists = Path(own) / "lists"
         for path in have:
             shutil.copy2(path, beside / path.name)
+        _keep_sources(lists, environment, beside / SOURCES)
         for language in languages:
             # The release's own list is the largest; updates and security have none or a short one.
             # apt writes an underscore of an address as %5f.
@@ -270,6 +295,27 @@ def _fetch(kept: Path, languages: Sequence[str]) -> None:
             )
             with gzip.open(beside / f"Translation-{language}.gz", "wb", compresslevel=6) as handle:
                 handle.write(text.stdout)
+
+
+def _sources(lines: Iterable[str]) -> dict[str, str]:
+    """Binary -> source package, of a ``Packages`` file, where the two names differ."""
+    found: dict[str, str] = {}
+    package = ""
+    for line in lines:
+        if line.startswith("Package: "):
+            package = line[9:].strip()
+        elif line.startswith("Source: "):
+            found[package] = line[8:].split()[0]
+    return found
+
+
+def _keep_sources(lists: Path, environment: Mapping[str, str], path: Path) -> None:
+    found: dict[str, str] = {}
+    for file in sorted(lists.glob("*_Packages*")):
+        text = subprocess.run(["/usr/lib/apt/apt-helper", "cat-file", str(file)], env=environment, capture_output=True)
+        found = _sources(text.stdout.decode("utf-8", "replace").splitlines()) | found
+    with gzip.open(path, "wt", encoding="utf-8") as handle:
+        handle.writelines(f"{binary} {source}\n" for binary, source in sorted(found.items()))
 
 
 def _private_apt(own: Path, languages: Sequence[str]) -> Path:

@@ -33,7 +33,8 @@ def upcycle(model_or_models: Any, *, method: str = "copy", **options: Any) -> An
 
     Args:
         model_or_models: dense model, path or hub id; for the branch methods several, by name or in a list.
-        method: ``"copy"``, ``"fine-grained"``, ``"pyramid"``, ``"branch-attend-mix"`` or ``"branch-train-mix"``.
+        method: ``"copy"``, ``"fine-grained"``, ``"interpretable"``, ``"pyramid"``, ``"branch-attend-mix"`` or
+            ``"branch-train-mix"``.
         options: ``n_experts``, ``top_k``, ``seed`` and what the method takes.
     Returns:
         A native transformers family where one has the structure, else ``MixturaForCausalLM``.

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors
 from mixtura.core.measure import bfloat16_over_float32
@@ -99,7 +99,7 @@ def load(
     if quick:
         dtype = quick_dtype(getattr(config, "dtype", None), device)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        model = _auto(config).from_pretrained(source, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{source} cannot be loaded: {str(error).splitlines()[0]}") from error
     if quick and torch.device(device).type == "cpu" and find_moe(model):
@@ -123,7 +123,12 @@ def quick_dtype(stored: torch.dtype | str | None, device: str | torch.device) ->
 def empty_model(config: Any) -> Any:
     """The model of a configuration without its weights (on the meta device), for counting."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return _auto(config).from_config(config)
+
+
+def _auto(config: Any) -> Any:
+    """The Auto class of what generates text: behind an encoder, or by itself."""
+    return AutoModelForSeq2SeqLM if getattr(config, "is_encoder_decoder", False) else AutoModelForCausalLM
 
 
 def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any]) -> Path:

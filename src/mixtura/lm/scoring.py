@@ -118,6 +118,8 @@ def _answer(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Logits (T, E), weights (T, K) and indices (T, K) for random tokens, or None where the gate cannot be asked."""
     matrix = next((p for p in gate.parameters() if p.dim() == 2), None)
+    if next(gate.parameters(), None) is None:  # a gate without parameters reads the experts, (E, H, D)
+        matrix = next((p for p in experts.parameters() if p.dim() == 3), None)
     if matrix is None:
         return None
     device = torch.device("cpu") if matrix.is_meta else matrix.device

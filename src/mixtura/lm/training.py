@@ -166,7 +166,7 @@ def language_loss(
                 shared=shared,
             )
             loss = loss + even / len(routings)
-        if z:
+        if z and getattr(config, "router", "linear") == "linear":
             loss = loss + z / len(routings) * router_z_loss(logits, shared=shared)
     return loss
 

@@ -73,6 +73,10 @@ def compress(
             raise ValueError("mixllm quantizes weights: it takes bits and no prune, which goes with 'mc-moe'")
         wanted = DEFAULT_BITS[method] if bits == "default" else bits
         return _mixed_channels(model, tokenizer, texts, wanted, scope, samples, length, seed, inplace, options)
+    if getattr(model.config, "router", "linear") == "sparsity":
+        raise ValueError(
+            f"mc-moe packs the experts, whose weights the router of {type(model).__name__} reads; use mixllm"
+        )
     if bits == "default":
         bits = DEFAULT_BITS["mc-moe"]
     from mixtura.lm.compress.dynamic_pruning import prune_dynamically

@@ -78,6 +78,7 @@ def why_not(family: str, config: MixturaConfig) -> str | None:
         "layers with different numbers of experts": not isinstance(config.num_experts, int),
         "a learned share of the shared expert": config.shared_combine != "sum",
         "a limit on the tokens of an expert": config.eval_capacity_factor > 0,
+        "a router that reads sparsity": config.router != "linear",
         "some dense layers": bool(config.dense_layers) and family not in DENSE_LAYERS,
         "a parallel block": config.block != "sequential",
         "norms with a bias": config.norm_bias,

@@ -1,4 +1,5 @@
-"""The decoder made of parts, which transformers' Auto classes know as model type ``mixtura``.
+"""The decoder made of parts, which transformers' Auto classes know as model type ``mixtura``, and the encoder-decoder made of the
+same, ``mixtura_multitask``.
 
 Names are looked up on first use: the config is registered while transformers itself is still being imported, when the
 decoder cannot be imported yet.
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
     from mixtura.lm.model.attention import Attention, AttentionMixture
     from mixtura.lm.model.config import MixturaConfig
     from mixtura.lm.model.decoder import MixturaForCausalLM, MixturaModel
+    from mixtura.lm.model.encoder_decoder import MultitaskMoEForConditionalGeneration
     from mixtura.lm.model.latent_attention import LatentAttention
+    from mixtura.lm.model.multitask_config import MultitaskMoEConfig
     from mixtura.lm.model.parts import ExpertsBlock, MixturaRouter
 
 __all__ = [
@@ -23,6 +26,8 @@ __all__ = [
     "MixturaForCausalLM",
     "MixturaModel",
     "MixturaRouter",
+    "MultitaskMoEConfig",
+    "MultitaskMoEForConditionalGeneration",
 ]
 
 _HOMES = {
@@ -34,6 +39,8 @@ _HOMES = {
     "MixturaForCausalLM": "decoder",
     "MixturaModel": "decoder",
     "MixturaRouter": "parts",
+    "MultitaskMoEConfig": "multitask_config",
+    "MultitaskMoEForConditionalGeneration": "encoder_decoder",
 }
 
 

@@ -18,8 +18,10 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "attention_kv": ("expert", "shared"),
     "attention_routing": ("soft", "top1", "top2"),
     "balance_per": ("batch", "sequence"),
+    "router": ("linear", "sparsity"),
+    "router_statistics": ("diagonal", "full"),
     "shared_combine": ("sum", "coefficient"),
-    "capacity_policy": ("random", "prefix", "probs"),
+    "capacity_policy": ("random", "prefix", "group", "probs"),
 }
 
 
@@ -50,11 +52,14 @@ class MixturaConfig(PreTrainedConfig):
         shared_combine: ``sum``: that part and the routed experts are added; ``coefficient``: weighted by a softmax over the
             two of a linear map of the token (DeepSpeed-MoE's released code).
         dense_layers: layers that keep a dense feed-forward part.
+        router: ``linear`` (learned), or ``sparsity``: no parameters, a token visits the experts that would fire the fewest hidden
+            units on it (MoE-X; with ``hidden_act="relu"`` it means that exactly). Its scores are bounded, so they get no z loss.
+        router_statistics: of the sparsity router; see :mod:`mixtura.core.sparsity_gate`.
         capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
             training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
         min_capacity: places that every expert has.
-        capacity_policy: which tokens stay in training: ``random`` ones, the first (``prefix``) or those with the largest gates
-            (``probs``). In evaluation the first stay.
+        capacity_policy, capacity_groups: which tokens stay in training: ``random`` ones, the first (``prefix``), the first of
+            each of so many spans (``group``) or those with the largest gates (``probs``). In evaluation the first stay.
         router_float32: compute the gates' logits in float32 whatever the type of the weights.
         attention: ``full``; ``latent``: keys and values come out of one short vector a token, which is what the cache holds
             (DeepSeek-V2); or ``mixture``: ``attention_experts`` attentions, mixed by a gate.
@@ -113,6 +118,8 @@ class MixturaConfig(PreTrainedConfig):
     shared_expert_intermediate_size: int = 0
     shared_combine: str = "sum"
     dense_layers: list[int] | None = None
+    router: str = "linear"
+    router_statistics: str = "diagonal"
     attention: str = "full"
     attention_experts: int = 1
     attention_kv: str = "expert"
@@ -126,6 +133,7 @@ class MixturaConfig(PreTrainedConfig):
     eval_capacity_factor: float = 0.0
     min_capacity: int = 4
     capacity_policy: str = "random"
+    capacity_groups: int = 4
     router_float32: bool = False
     output_router_logits: bool = False
     router_aux_loss_coef: float = 0.01
@@ -197,6 +205,10 @@ def _check(config: MixturaConfig) -> None:
         )
     if config.shared_expert_intermediate_size and not config.num_experts:
         raise ValueError("shared_expert_intermediate_size needs routed experts beside it; set num_experts")
+    if config.router == "sparsity" and not (config.num_experts and config.norm_topk_prob):
+        raise ValueError(
+            "router='sparsity' needs num_experts, and norm_topk_prob=True: its weights are a softmax of the chosen"
+        )
     if config.shared_combine != "sum" and not config.shared_expert_intermediate_size:
         raise ValueError(
             f"shared_combine={config.shared_combine!r} needs a part that every token visits; set shared_expert_intermediate_size"
@@ -204,6 +216,8 @@ def _check(config: MixturaConfig) -> None:
     for name in ("capacity_factor", "eval_capacity_factor", "min_capacity"):
         if getattr(config, name) < 0:
             raise ValueError(f"{name} must be >= 0 (0 for no limit), got {getattr(config, name)}")
+    if config.capacity_groups < 1:
+        raise ValueError(f"capacity_groups must be at least 1, got {config.capacity_groups}")
     if config.attention_experts < 1:
         raise ValueError(f"attention_experts must be >= 1, got {config.attention_experts}")
     if config.attention == "mixture" and config.attention_routing == "top2" and config.attention_experts < 2:

@@ -296,6 +296,8 @@ def routing_loss(
             mask=mask_BL,
             shared=shared,
         )
+        if config.router == "sparsity":  # bounded already, and smaller scores would mean more active units
+            continue
         seen_TE = logits_TE if mask_BL is None else logits_TE[mask_BL.reshape(-1)]
         total = total + config.router_z_loss_coef * router_z_loss(seen_TE, shared=shared)
     return total

@@ -16,7 +16,8 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from mixtura.core.capacity import CapacityPolicy, capacity
-from mixtura.core.gates import limit_capacity, top_k
+from mixtura.core.gates import Routing, limit_capacity, top_k
+from mixtura.core.sparsity_gate import SparsityAwareGate, Statistics
 from mixtura.lm.model.config import MixturaConfig
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "MixturaRMSNorm",
     "MixturaRouter",
     "Mlp",
+    "SparsityRouter",
+    "inner_weights",
     "make_experts",
     "make_feed_forward",
     "make_norm",
@@ -99,6 +102,7 @@ class MixturaRouter(nn.Module):
         self.capacity_factors = (config.capacity_factor, config.eval_capacity_factor)
         self.min_capacity = config.min_capacity
         self.policy = cast(CapacityPolicy, config.capacity_policy)
+        self.groups = config.capacity_groups
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,12 +113,36 @@ class MixturaRouter(nn.Module):
                 logits_TE = F.linear(x_TD.float(), self.weight.float())
         else:
             logits_TE = F.linear(x_TD, self.weight)
-        routing = top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob)
-        factor = self.capacity_factors[0 if self.training else 1]
-        if factor:
-            limit = capacity(len(x_TD), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
-            routing = limit_capacity(routing, limit, policy=self.policy if self.training else "prefix")
+        routing = self._limited(top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob))
         return logits_TE, routing.weights.to(x.dtype), routing.indices
+
+    def _limited(self, routing: Routing) -> Routing:
+        """The routing with the pairs over an expert's capacity left out."""
+        factor = self.capacity_factors[0 if self.training else 1]
+        if not factor:
+            return routing
+        limit = capacity(len(routing.indices), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
+        policy = self.policy if self.training else "prefix"
+        return limit_capacity(routing, limit, policy=policy, groups=self.groups if policy == "group" else 1)
+
+
+class SparsityRouter(MixturaRouter):
+    """Router without parameters: the experts that would fire the fewest hidden units on a token; reads the experts' weights.
+
+    Source: MoE-X (2503.07639), eq. 9-11.
+    """
+
+    reads_experts = True  # what moves experts elsewhere, or packs them, has to know
+
+    def __init__(self, config: MixturaConfig, num_experts: int):
+        super().__init__(config, num_experts)
+        self.register_parameter("weight", None)
+        self.sparsity = SparsityAwareGate(self.top_k, statistics=cast(Statistics, config.router_statistics))
+
+    def forward(self, x: Tensor, up: Tensor, up_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
+        """x (..., D), experts' input matrices (E, H, D) and biases (E, H) -> scores (T, E), weights and indices (T, K)."""
+        routing = self._limited(self.sparsity(x, up, up_bias))
+        return routing.logits, routing.weights.to(x.dtype), routing.indices
 
 
 class Experts(nn.Module):
@@ -188,6 +216,20 @@ class PlainBiasExperts(Experts):
     gated, bias = False, True
 
 
+def inner_weights(experts: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """What decides whether a hidden unit fires: input matrices (E, H, D) and biases (E, H); of gated experts the gate's.
+
+    Raises:
+        ValueError: experts whose matrices are not stacked as they are, such as packed ones.
+    """
+    for name in ("gate_up_proj", "up_proj"):
+        up, bias = getattr(experts, name, None), getattr(experts, f"{name}_bias", None)
+        if isinstance(up, Tensor):
+            rows = up.shape[1] // (2 if name == "gate_up_proj" else 1)
+            return up[:, :rows], None if bias is None else bias[:, :rows]
+    raise ValueError(f"{type(experts).__name__} holds no stacked matrices that a sparsity-aware router could read")
+
+
 def make_experts(config: MixturaConfig, num_experts: int) -> Experts:
     """So many experts of the config's feed-forward layout."""
     layouts: dict[tuple[bool, bool], type[Experts]] = {
@@ -207,7 +249,8 @@ class ExpertsBlock(nn.Module):
 
     def __init__(self, config: MixturaConfig, num_experts: int):
         super().__init__()
-        self.gate = MixturaRouter(config, num_experts)
+        router = SparsityRouter if config.router == "sparsity" else MixturaRouter
+        self.gate = router(config, num_experts)
         self.experts = make_experts(config, num_experts)
         if config.capacity_factor or config.eval_capacity_factor:
             # transformers' engines look for the index E, which stands for no expert, only behind this flag.
@@ -220,7 +263,8 @@ class ExpertsBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        _, weights_TK, indices_TK = self.gate(x_TD)
+        reads = inner_weights(self.experts) if isinstance(self.gate, SparsityRouter) else ()
+        _, weights_TK, indices_TK = self.gate(x_TD, *reads)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)

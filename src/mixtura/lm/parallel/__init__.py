@@ -14,6 +14,7 @@ from mixtura._lazy import lazy_names
 if TYPE_CHECKING:
     from mixtura.lm.parallel.exchange import Cost, Exchanged, exchange_cost
     from mixtura.lm.parallel.experts import ParallelExperts, gather_experts, parallelize_experts
+    from mixtura.lm.parallel.forms import apply_plan
     from mixtura.lm.parallel.gradients import clip_gradients, reduce_gradients
     from mixtura.lm.parallel.mesh import ExpertMesh, make_mesh, parse_layout
 
@@ -22,6 +23,7 @@ __all__ = [
     "Exchanged",
     "ExpertMesh",
     "ParallelExperts",
+    "apply_plan",
     "clip_gradients",
     "exchange_cost",
     "gather_experts",
@@ -36,6 +38,7 @@ __getattr__ = lazy_names(
     {
         **dict.fromkeys(("Cost", "Exchanged", "exchange_cost"), "mixtura.lm.parallel.exchange"),
         **dict.fromkeys(("ParallelExperts", "gather_experts", "parallelize_experts"), "mixtura.lm.parallel.experts"),
+        "apply_plan": "mixtura.lm.parallel.forms",
         **dict.fromkeys(("clip_gradients", "reduce_gradients"), "mixtura.lm.parallel.gradients"),
         **dict.fromkeys(("ExpertMesh", "make_mesh", "parse_layout"), "mixtura.lm.parallel.mesh"),
     },

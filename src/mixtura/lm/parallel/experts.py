@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from mixtura.lm.anatomy import find_moe
 from mixtura.lm.parallel.exchange import PLANS, Plan, exchange
@@ -208,6 +209,8 @@ def parallelize_experts(model: Model, mesh: ExpertMesh, *, slices: int | None = 
     blocks = find_moe(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no mixture layers, so it has no experts to spread")
+    if any(getattr(block.gate, "reads_experts", False) for block in blocks):
+        raise ValueError("router='sparsity' reads the weights of all experts, so they have to be in every process")
     if any(isinstance(block.experts, ParallelExperts) for block in blocks):
         raise ValueError("the model's experts are spread over processes already")
     meshes = {}
@@ -246,6 +249,8 @@ def gather_experts(model: nn.Module) -> dict[str, Tensor]:
     for name, tensor in model.state_dict().items():
         path, _, last = name.rpartition(f".{LOCAL}.")
         module = spread.get(path)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         whole = module.whole(last, tensor) if module is not None and last in module.stacked else tensor
         found[name if module is None else f"{path}.{last}"] = whole
     return found

@@ -11,6 +11,7 @@ Source: DeepSpeed-MoE (2201.05596), sec. 4.1.3; the divisor as in DeepSpeed PR 6
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -53,15 +54,20 @@ def reduce_gradients(model: nn.Module, mesh: ExpertMesh) -> None:
     A parameter that got no gradient anywhere keeps None; one that got it somewhere counts 0 elsewhere. What FSDP shards is left
     alone: it was averaged in the backward pass.
     """
-    trained = [p for p in model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    trained = [p for p in model.parameters() if p.requires_grad and not _averaged(p)]
     if mesh.world == 1 or not trained:
         return
     experts, everyone = expert_rules(model), Rule(mesh.group("world"), mesh.world, mesh.world)
+    parts = mesh.world // mesh.tensor
+    sliced = Rule(mesh.group("data"), parts, parts)  # cut over the tensor axis: copies hold other rows
     _fill_missing(trained, everyone.group)
     buckets: dict[tuple[Rule, torch.dtype], list[Tensor]] = defaultdict(list)
     for p in trained:
+        if isinstance(p.grad, DTensor) and isinstance(p, DTensor) and p.grad.placements != p.placements:
+            p.grad = p.grad.redistribute(placements=p.placements)  # that of a sliced embedding comes whole
         if p.grad is not None:
-            buckets[experts.get(p, everyone), p.grad.dtype].append(p.grad)
+            rule = sliced if isinstance(p, DTensor) else experts.get(p, everyone)
+            buckets[rule, p.grad.dtype].append(_local(p.grad))
     for (rule, _), gradients in buckets.items():
         for part in _parts(gradients):
             _sum(part, rule.group)
@@ -74,14 +80,14 @@ def clip_gradients(model: nn.Module, mesh: ExpertMesh, limit: float) -> Tensor:
     Returns:
         The norm before, the same in every process; gradients are left alone where it is not finite, or ``limit`` is 0.
     """
-    experts, everyone = expert_rules(model), Rule(None, mesh.world, mesh.world)
+    experts = expert_rules(model)
     device = next(model.parameters()).device
     total = torch.zeros((), dtype=torch.float64, device=device)
     for p in model.parameters():
         if p.grad is not None:
-            # Every copy counts, so each counts its share; of what FSDP shards there is one.
-            copies = 1 if isinstance(p, DTensor) else experts.get(p, everyone).copies
-            total += torch.linalg.vector_norm(_local(p.grad)).double().square() / copies
+            copies = experts[p].copies if p in experts else mesh.world
+            # Every copy counts, so each counts its share.
+            total += torch.linalg.vector_norm(_local(p.grad)).double().square() * _shards(p) / copies
     if (world := mesh.group("world")) is not None:
         dist.all_reduce(total, group=world)
     norm = total.sqrt()
@@ -91,6 +97,18 @@ def clip_gradients(model: nn.Module, mesh: ExpertMesh, limit: float) -> Tensor:
             if p.grad is not None:
                 _local(p.grad).mul_(scale.to(p.grad.dtype))
     return norm
+
+
+def _averaged(p: nn.Parameter) -> bool:
+    """Whether FSDP brings the parameter's gradients together in the backward pass."""
+    return isinstance(p, DTensor) and p.device_mesh.mesh_dim_names != ("tensor",)
+
+
+def _shards(p: nn.Parameter) -> int:
+    """Parts that torch has cut a parameter into, those of the mesh's own cutting of experts not counted."""
+    if not isinstance(p, DTensor):
+        return 1
+    return math.prod(n for n, place in zip(p.device_mesh.shape, p.placements, strict=True) if not place.is_replicate())
 
 
 def _local(gradient: Tensor) -> Tensor:

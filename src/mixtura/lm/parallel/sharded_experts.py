@@ -480,6 +480,8 @@ def shard_experts(
     blocks = find_moe(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no mixture layers, so it has no experts to shard")
+    if any(getattr(block.gate, "reads_experts", False) for block in blocks):
+        raise ValueError("router='sparsity' reads the weights of all experts, so they have to be in every process")
     for block in blocks:
         if block.n_experts % mesh.world:
             raise ValueError(f"{block.name}: {block.n_experts} experts do not divide over {mesh.world} processes")

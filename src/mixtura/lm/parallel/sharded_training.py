@@ -42,7 +42,7 @@ class Sharded(ExpertParallel):
         free: bool = False,
         shard: bool = True,
     ) -> None:
-        super().__init__(mesh, shard=shard)
+        super().__init__(mesh, form="E+D+Z" if shard else "E+D")
         self.overlap, self.capacity, self.every, self.free = overlap, capacity, every, free
 
     @classmethod

@@ -1,7 +1,7 @@
 """Training over processes: a team for `core.training.fit`, so that one loop serves one process and many.
 
-Experts lie apart (`experts`); everything else is sharded by FSDP2, gradients and optimizer state with it, and experts are never
-gathered in a step. Checkpoints are whole and named as in one process, so a run goes on under another layout, or alone.
+Experts lie apart (`experts`), and gradients and optimizer states are sharded (`forms`): experts over their copies only, so that
+no step gathers all of them. Checkpoints are whole and named as in one process, so a run goes on under another layout, or alone.
 
 They are written as safetensors by the first process, and not by torch.distributed.checkpoint, whose metadata file is a pickle.
 
@@ -21,14 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.core.team import Alone
 from mixtura.lm.parallel.exchange import Plan
-from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts, parallelize_experts, single_name
-from mixtura.lm.parallel.gradients import clip_gradients, expert_rules, reduce_gradients
+from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts, single_name
+from mixtura.lm.parallel.forms import apply_plan, shard
+from mixtura.lm.parallel.gradients import clip_gradients, reduce_gradients
 from mixtura.lm.parallel.mesh import AXES, ExpertMesh, make_mesh, parse_layout, started_processes
 
 __all__ = ["ExpertParallel", "LostProcess", "join"]
@@ -42,14 +42,14 @@ class LostProcess(RuntimeError):
     """Another process of the training ended, or did not answer in time."""
 
 
-def join(layout: str, *, device: str = "cpu", plan: Plan = "direct") -> tuple[ExpertParallel, str]:
+def join(layout: str, *, device: str = "cpu", plan: Plan | None = None) -> tuple[ExpertParallel, str]:
     """Meet the other processes that torchrun started, and take a place among them.
 
     Args:
         layout: words for :func:`~mixtura.lm.parallel.mesh.parse_layout`, or ``hecate`` and what follows it
             (:mod:`~mixtura.lm.parallel.sharded_training`).
         device: ``cpu``, or ``cuda`` for one device a process.
-        plan: how rows travel.
+        plan: how rows travel; None: as the layout wants it.
     Returns:
         The team, and the device of this process.
     Raises:
@@ -76,15 +76,16 @@ class ExpertParallel(Alone):
 
     Args:
         mesh: places of the processes.
-        plan: how rows travel to experts.
-        shard: shard what is no expert (FSDP2); False keeps it whole in every process.
+        plan: how rows travel to experts; None: as the form wants it.
+        form: see :func:`~mixtura.lm.parallel.forms.apply_plan`; None: E+D+Z, and M where there are tensor ranks.
 
     Attributes:
         shared: for losses: the processes hold parts of one batch.
     """
 
-    def __init__(self, mesh: ExpertMesh, *, plan: Plan = "direct", shard: bool = True) -> None:
-        self.mesh, self.plan, self.shard = mesh, plan, shard
+    def __init__(self, mesh: ExpertMesh, *, plan: Plan | None = None, form: str | None = None) -> None:
+        self.mesh, self.plan = mesh, plan
+        self.form = form or ("E+D+Z+M" if mesh.tensor > 1 else "E+D+Z")
         self.leads = mesh.rank == 0
         self.shared = SharedBatch()
         self._world = mesh.group("world")
@@ -92,26 +93,15 @@ class ExpertParallel(Alone):
 
     def prepare(self, model: nn.Module) -> None:
         """Leave in each process its part of the model, in place. Collective."""
-        parallelize_experts(model, self.mesh, plan=self.plan)
-        self.adopt(model)
+        apply_plan(model, self.mesh, self.form, plan=self.plan)
+        self._modules = dict(parallel_experts(model))
 
     def adopt(self, model: nn.Module) -> None:
-        """Shard what is no expert of a model whose experts are spread already. Collective."""
+        """Take a model whose experts are spread already, and shard the rest where the form has Z. Collective."""
         self._modules = dict(parallel_experts(model))
-        if not self.shard or self.mesh.world == 1:
-            return
-        device = next(model.parameters()).device.type
-        everyone = init_device_mesh(device, (self.mesh.world,))
-        rest: dict[str, Any] = {
-            "mesh": everyone,
-            "ignored_params": set(expert_rules(model)),
-            "reshard_after_forward": False,  # weights stay whole between forward and backward: ZeRO-2
-        }
-        units = set(getattr(model, "_no_split_modules", None) or ())
-        for module in list(model.modules()):
-            if type(module).__name__ in units:
-                fully_shard(module, **rest)
-        fully_shard(model, **rest)
+        if self.mesh.world > 1 and "Z" in self.form.split("+"):
+            device = next(model.parameters()).device.type
+            shard(model, init_device_mesh(device, (self.mesh.world,), mesh_dim_names=("data",)))
 
     def rows(self, batch: Tensor) -> Tensor:
         """This process's rows of a batch; parts differ by one row at most.
@@ -171,20 +161,24 @@ class ExpertParallel(Alone):
         return clip_gradients(model, self.mesh, limit)
 
     def groups(self, parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-        return [[p for p in parameters if isinstance(p, DTensor) == sharded] for sharded in (True, False)]
+        # Fused updates take tensors of one mesh.
+        found: dict[Any, list[nn.Parameter]] = {}
+        for p in parameters:
+            found.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+        return list(found.values())
 
     def whole(self, name: str, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
-        elif (own := self._own(name)) is not None:
+        if (own := self._own(name)) is not None:
             tensor = own[0].whole(own[1], tensor)
         return tensor.cpu() if self.leads else tensor
 
     def part(self, name: str, parameter: nn.Parameter, whole: Tensor) -> Tensor:
+        if (own := self._own(name)) is not None:
+            whole = own[0].part(own[1], whole).clone()
         if isinstance(parameter, DTensor):
             return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        if (own := self._own(name)) is not None:
-            return own[0].part(own[1], whole).clone()
         return whole
 
     def state(self, model: nn.Module) -> dict[str, Tensor]:

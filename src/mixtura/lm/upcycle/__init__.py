@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.own_units import from_dense
     from mixtura.lm.upcycle.pyramid import PyramidConfig
     from mixtura.lm.upcycle.segments import segment
+    from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = [
     "METHODS",
     "BranchAttendConfig",
     "CopyConfig",
     "PyramidConfig",
+    "WideCopyConfig",
     "average",
     "branch",
     "from_dense",
@@ -25,6 +27,7 @@ __all__ = [
     "to_standard",
     "upcycle",
     "vocabularies_agree",
+    "wide_copies",
 ]
 
 _HOMES = {
@@ -35,6 +38,7 @@ _HOMES = {
     "own_units": ("from_dense",),
     "pyramid": ("PyramidConfig",),
     "segments": ("segment",),
+    "wide_copies": ("WideCopyConfig", "wide_copies"),
 }
 
 

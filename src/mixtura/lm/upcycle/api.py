@@ -14,17 +14,20 @@ from mixtura.lm.upcycle.copies import CopyConfig, copies
 from mixtura.lm.upcycle.own_units import from_dense, half_active
 from mixtura.lm.upcycle.pyramid import PyramidConfig
 from mixtura.lm.upcycle.pyramid import convert as pyramid
+from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = ["METHODS", "upcycle"]
 
-METHODS = ("copy", "fine-grained", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix")
+METHODS = ("copy", "fine-grained", "interpretable", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix")
 Model: TypeAlias = PreTrainedModel | str | Path
 
 
 def upcycle(
     model_or_models: Model | Sequence[Model] | Mapping[str, Model],
     *,
-    method: Literal["copy", "fine-grained", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix"] = "copy",
+    method: Literal[
+        "copy", "fine-grained", "interpretable", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix"
+    ] = "copy",
     n_experts: int | Sequence[int] | None = None,
     top_k: int | None = None,
     seed: int = 0,
@@ -39,6 +42,7 @@ def upcycle(
     ``fine-grained``       the same, each copy cut into ``segments`` experts, ``shared`` of them always on
     ``own-units``          one model; its hidden units cut into ``segments`` blocks, ``shared`` of them always on: no more
                            parameters, fewer for each token; answers less well until it is trained
+    ``interpretable``      one model; random parts of its feed-forward layer as ReLU experts, routed by how few units would fire
     ``pyramid``            one model; experts beside its feed-forward parts, more of them in deeper layers; answers as the dense
                            model did, to the bit
     ``branch-attend-mix``  several models; feed-forward parts and attentions become experts, the rest is averaged
@@ -54,7 +58,8 @@ def upcycle(
         top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, 1 for the ``branch`` methods and
             for ``pyramid``, which has no other, and for ``own-units`` what makes half of the hidden units active.
         seed: draws routers and noise.
-        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig`, for ``pyramid`` of
+        options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig`, for ``interpretable`` of
+            :class:`~mixtura.lm.upcycle.wide_copies.WideCopyConfig`, for ``pyramid`` of
             :class:`~mixtura.lm.upcycle.pyramid.PyramidConfig` or, for the ``branch`` methods, of
             :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`; for ``own-units`` ``batches`` (token ids, needed),
             ``segments`` (8), ``shared`` (1), ``spread`` and ``balance`` of :func:`~mixtura.lm.upcycle.own_units.from_dense`.
@@ -95,6 +100,13 @@ def upcycle(
         return _own_units(model_or_models, n_experts, top_k, seed, options)
     if n_experts is not None and not isinstance(n_experts, int):
         raise TypeError(f"n_experts as a list goes with method='pyramid', got {n_experts!r} for {method!r}")
+    if method == "interpretable":
+        _check_options(WideCopyConfig, options, method)
+        counts: dict[str, Any] = {
+            "n_experts": 8 if n_experts is None else n_experts,
+            "top_k": 2 if top_k is None else top_k,
+        }
+        return wide_copies(model_or_models, WideCopyConfig(**counts, seed=seed, **options))
     if method == "copy" and (extra := {"segments", "shared"} & set(options)):
         raise TypeError(f"method='copy' has no option {sorted(extra)}; use fine-grained")
     if method == "fine-grained":

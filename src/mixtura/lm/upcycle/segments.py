@@ -140,6 +140,8 @@ def _changes(moe: list[MoEBlock], config: Any, split: int) -> dict[str, Tensor]:
         raise ValueError(f"group-limited routing (topk_method={config.topk_method!r}) chooses groups, not pieces")
     changes: dict[str, Tensor] = {}
     for block in moe:
+        if not isinstance(getattr(block.gate, "weight", None), Tensor):
+            raise ValueError(f"the gate of {block.name} has no rows to repeat: it is no linear map")
         extra = [name for name, _ in block.gate.named_parameters() if name != "weight"]
         if extra:
             raise ValueError(
