@@ -200,6 +200,7 @@ SYSTEMS: tuple[System, ...] = (
             "mixtura.lm.fine_grained.matched",
             "mixtura.lm.model.MixturaForCausalLM",
             "mixtura.lm.upcycle.segment",
+            "mixtura.lm.upcycle.from_dense",
             "mixtura.lm.specialization.ban_top",
             "mixtura.lm.specialization.drop_shared",
         ),

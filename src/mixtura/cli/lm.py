@@ -29,6 +29,7 @@ class UpcycleMethod(StrEnum):
     copy = "copy"
     fine_grained = "fine-grained"
     interpretable = "interpretable"
+    own_units = "own-units"
     pyramid = "pyramid"
     branch_attend_mix = "branch-attend-mix"
     branch_train_mix = "branch-train-mix"
@@ -102,13 +103,28 @@ def upcycle(
         ),
     ] = "8",
     top_k: Annotated[
-        int | None, typer.Option(help="Experts that each token visits; default 2, and 1 for pyramid.")
+        int | None,
+        typer.Option(
+            help="Experts that each token visits; default 2, 1 for pyramid, half the blocks for own-units (shared ones included)."
+        ),
     ] = None,
     combine: Annotated[
         CombineName | None,
         typer.Option(help="How expert and fixed network come together; default coefficient (pyramid)."),
     ] = None,
-    segments: Annotated[int, typer.Option(help="Segments each copy is cut into (fine-grained).")] = 4,
+    segments: Annotated[
+        int | None,
+        typer.Option(
+            help="Segments each copy is cut into (fine-grained, default 4), or the hidden units themselves (own-units, 8)."
+        ),
+    ] = None,
+    shared: Annotated[
+        int | None,
+        typer.Option(help="Segments that are always on, outside the router: default 0 (fine-grained), 1 (own-units)."),
+    ] = None,
+    text: Text = None,
+    samples: Annotated[int, typer.Option(help="Blocks of text to see which units are used (own-units).")] = 32,
+    length: Annotated[int, typer.Option(help="Tokens a block (own-units).")] = 256,
     shared_kv: Annotated[
         bool, typer.Option("--shared-kv", help="One key/value cache for all attention experts.")
     ] = False,
@@ -119,7 +135,9 @@ def upcycle(
     """Turn dense checkpoints into one mixture of experts.
 
     `copy` starts every expert as a copy of the dense feed-forward layer: right after it the model answers as before.
-    `fine-grained` cuts the copies into smaller experts. `branch-attend-mix` makes experts of several specialists,
+    `fine-grained` cuts the copies into smaller experts. `own-units` makes no copies: it cuts the dense layer's own hidden units
+    into blocks, keeps those that all tokens need always on, and lets each token choose a few of the others, so that it costs less
+    and answers less well until it is trained. `branch-attend-mix` makes experts of several specialists,
     feed-forward and attention; `branch-train-mix` averages their attention instead. `pyramid` keeps the dense feed-forward layer
     of every second block and puts one of several experts beside it, more of them in deeper blocks. `interpretable` makes sparse
     ReLU experts of random halves of the layer, whose units `mixtura explain` reads; it wants a model without gated
@@ -128,6 +146,8 @@ def upcycle(
     Examples:
 
         mixtura upcycle HuggingFaceTB/SmolLM2-135M out/moe --experts 8 --top-k 2
+
+        mixtura upcycle base out/own --method own-units --segments 8 --top-k 3 --shared 1 --text notes/
 
         mixtura upcycle base out/pyramid --method pyramid --experts 4,4,8,8
 
@@ -140,8 +160,11 @@ def upcycle(
     if len(sources) < 2:
         raise ValueError("upcycle needs at least one source and, last, the directory to write: mixtura upcycle SRC DST")
     several = method is UpcycleMethod.pyramid
-    options: dict[str, Any] = {"top_k": (1 if several else 2) if top_k is None else top_k, "seed": seed}
-    if not method.value.startswith("branch"):
+    own = method is UpcycleMethod.own_units
+    options: dict[str, Any] = {"seed": seed}
+    if top_k is not None or not own:
+        options["top_k"] = (1 if several else 2) if top_k is None else top_k
+    if not method.value.startswith("branch") and not own:
         counts = work.expert_counts(experts)
         if len(counts) > 1 and not several:
             raise ValueError(f"--experts as a list goes with --method pyramid, got {experts!r} for {method.value}")
@@ -150,8 +173,28 @@ def upcycle(
         options["combine"] = (combine or CombineName.coefficient).value
     elif combine is not None:
         raise ValueError(f"--combine goes with --method pyramid, got it with {method.value}")
-    if method is UpcycleMethod.fine_grained:
-        options["segments"] = segments
+    cut = own or method is UpcycleMethod.fine_grained
+    for name, value, default in (("segments", segments, 8 if own else 4), ("shared", shared, 1 if own else 0)):
+        if cut:
+            options[name] = default if value is None else value
+        elif value is not None:
+            raise ValueError(f"--{name} goes with --method fine-grained or own-units, got it with {method.value}")
+    if own:
+        from mixtura.cli.upcycle_units import upcycle_units
+
+        upcycle_units(
+            sources[:-1],
+            Path(sources[-1]),
+            text,
+            options | {"samples": samples, "length": length},
+            device=device,
+            dry_run=dry_run,
+            command=_command(),
+            say=_say,
+        )
+        return
+    if text:
+        raise ValueError(f"--text goes with --method own-units, got it with {method.value}")
     if method is UpcycleMethod.branch_attend_mix:
         options["attention"] = "shared-kv" if shared_kv else "expert-kv"
     work.upcycle(

@@ -152,7 +152,7 @@ def _train(
     held_out = {
         n: blocks(tokenizer, c.held_out, options["length"], limit=8)
         for n, c in domains.items()
-        if _enough(tokenizer, c, options["length"])
+        if enough(tokenizer, c, options["length"])
     }
     before = {name: perplexity(model, rows, batch_size=4) for name, rows in held_out.items()} if leads else {}
     state = out.with_name(f"{out.name}.state")
@@ -458,7 +458,7 @@ def domains_of(text: Sequence[Path] | None) -> dict[str, Corpus]:
     return found
 
 
-def _enough(tokenizer: Any, part: Corpus, length: int) -> bool:
+def enough(tokenizer: Any, part: Corpus, length: int) -> bool:
     """Whether the held-out part fills a block; a short text is trained on without being measured."""
     ids = 0
     for document in part.held_out:

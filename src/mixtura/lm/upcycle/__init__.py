@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, branch, mix, vocabularies_agree
     from mixtura.lm.upcycle.branch_train_mix import average, to_standard
     from mixtura.lm.upcycle.copies import CopyConfig
+    from mixtura.lm.upcycle.own_units import from_dense
     from mixtura.lm.upcycle.pyramid import PyramidConfig
     from mixtura.lm.upcycle.segments import segment
     from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
@@ -20,6 +21,7 @@ __all__ = [
     "WideCopyConfig",
     "average",
     "branch",
+    "from_dense",
     "mix",
     "segment",
     "to_standard",
@@ -33,6 +35,7 @@ _HOMES = {
     "branch_attend_mix": ("BranchAttendConfig", "branch", "mix", "vocabularies_agree"),
     "branch_train_mix": ("average", "to_standard"),
     "copies": ("CopyConfig",),
+    "own_units": ("from_dense",),
     "pyramid": ("PyramidConfig",),
     "segments": ("segment",),
     "wide_copies": ("WideCopyConfig", "wide_copies"),

@@ -11,13 +11,14 @@ from mixtura.lm.families import native_family
 from mixtura.lm.upcycle.branch_attend_mix import BranchAttendConfig, mix
 from mixtura.lm.upcycle.branch_train_mix import to_standard
 from mixtura.lm.upcycle.copies import CopyConfig, copies
+from mixtura.lm.upcycle.own_units import from_dense, half_active
 from mixtura.lm.upcycle.pyramid import PyramidConfig
 from mixtura.lm.upcycle.pyramid import convert as pyramid
 from mixtura.lm.upcycle.wide_copies import WideCopyConfig, wide_copies
 
 __all__ = ["METHODS", "upcycle"]
 
-METHODS = ("copy", "fine-grained", "interpretable", "pyramid", "branch-attend-mix", "branch-train-mix")
+METHODS = ("copy", "fine-grained", "interpretable", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix")
 Model: TypeAlias = PreTrainedModel | str | Path
 
 
@@ -25,7 +26,7 @@ def upcycle(
     model_or_models: Model | Sequence[Model] | Mapping[str, Model],
     *,
     method: Literal[
-        "copy", "fine-grained", "interpretable", "pyramid", "branch-attend-mix", "branch-train-mix"
+        "copy", "fine-grained", "interpretable", "own-units", "pyramid", "branch-attend-mix", "branch-train-mix"
     ] = "copy",
     n_experts: int | Sequence[int] | None = None,
     top_k: int | None = None,
@@ -39,6 +40,8 @@ def upcycle(
     =====================  ==================================================================================================
     ``copy``               one model; every expert a copy of the feed-forward part; computes what the dense model computed
     ``fine-grained``       the same, each copy cut into ``segments`` experts, ``shared`` of them always on
+    ``own-units``          one model; its hidden units cut into ``segments`` blocks, ``shared`` of them always on: no more
+                           parameters, fewer for each token; answers less well until it is trained
     ``interpretable``      one model; random parts of its feed-forward layer as ReLU experts, routed by how few units would fire
     ``pyramid``            one model; experts beside its feed-forward parts, more of them in deeper layers; answers as the dense
                            model did, to the bit
@@ -51,14 +54,15 @@ def upcycle(
             None of them is changed.
         method: see above.
         n_experts: copies (default 8); for ``pyramid`` also a list, one number for each layer that gets experts. The ``branch``
-            methods have one expert a model, and take no other number.
-        top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, and 1 for the ``branch`` methods and
-            for ``pyramid``, which has no other.
+            methods have one expert a model, and ``own-units`` has ``segments - shared``; they take no other number.
+        top_k: experts, or copies of ``segments`` experts, that a token visits; default 2, 1 for the ``branch`` methods and
+            for ``pyramid``, which has no other, and for ``own-units`` what makes half of the hidden units active.
         seed: draws routers and noise.
         options: fields of :class:`~mixtura.lm.upcycle.copies.CopyConfig`, for ``interpretable`` of
             :class:`~mixtura.lm.upcycle.wide_copies.WideCopyConfig`, for ``pyramid`` of
             :class:`~mixtura.lm.upcycle.pyramid.PyramidConfig` or, for the ``branch`` methods, of
-            :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`.
+            :class:`~mixtura.lm.upcycle.branch_attend_mix.BranchAttendConfig`; for ``own-units`` ``batches`` (token ids, needed),
+            ``segments`` (8), ``shared`` (1), ``spread`` and ``balance`` of :func:`~mixtura.lm.upcycle.own_units.from_dense`.
     Returns:
         A native transformers family where one has the structure (Mixtral, Qwen2-MoE, Qwen3-MoE, FlexOlmo, OLMoE), else
         ``MixturaForCausalLM``; in evaluation mode.
@@ -92,6 +96,8 @@ def upcycle(
         return pyramid(
             model_or_models, PyramidConfig(num_experts=8 if n_experts is None else n_experts, seed=seed, **options)
         )
+    if method == "own-units":
+        return _own_units(model_or_models, n_experts, top_k, seed, options)
     if n_experts is not None and not isinstance(n_experts, int):
         raise TypeError(f"n_experts as a list goes with method='pyramid', got {n_experts!r} for {method!r}")
     if method == "interpretable":
@@ -110,6 +116,26 @@ def upcycle(
         n_experts=8 if n_experts is None else n_experts, top_k=2 if top_k is None else top_k, seed=seed, **options
     )
     return copies(model_or_models, config)
+
+
+def _own_units(
+    model: Model, n_experts: int | Sequence[int] | None, top_k: int | None, seed: int, options: dict[str, Any]
+) -> PreTrainedModel:
+    known = ["batches", "segments", "shared", "spread", "balance"]
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"method='own-units' has no option {unknown}; it has {known}")
+    if "batches" not in options:
+        raise TypeError(
+            "method='own-units' needs batches: token ids of shape (B, L), to see which hidden units are used"
+        )
+    options = {"shared": 1, **options}
+    split, shared = options.pop("segments", 8), options["shared"]
+    if n_experts is not None and n_experts != split - shared:
+        raise ValueError(
+            f"own-units makes segments - shared experts: n_experts must be {split - shared} or left out, got {n_experts}"
+        )
+    active = half_active(split, shared) if top_k is None else top_k
+    return from_dense(model, split=split, active=active, generator=torch.Generator().manual_seed(seed), **options)
 
 
 def _mixed(

@@ -3,14 +3,16 @@
 Each expert's hidden units are cut into m pieces that become experts of their own, its router row is repeated m times, and m
 times as many are chosen: the pieces of one expert have equal logits, so they are chosen together. A gate is thereby spread
 over m pieces, whether it is made to sum to 1 or not: each gets its m-th part. So what the pieces write is multiplied by m, and
-they add up to the expert. Training then tells them apart.
+they add up to the expert. Training then tells them apart. The pieces used most may be made shared ones, which is not exact
+(:mod:`mixtura.lm.upcycle.shared_pieces`).
 
 Shapes: E experts, H hidden units of one, D width.
 Source: DeepSeekMoE (2401.06066), sec. 3.1; virtual groups of equal logits: Nakamura et al. 2024 (2410.07524), sec. 3.
 """
 
 import copy
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,9 +21,13 @@ from transformers import PreTrainedModel
 
 from mixtura.core.experts import split_feed_forward
 from mixtura.lm.anatomy import MoEBlock, find_moe
+from mixtura.lm.evaluate import token_losses
 from mixtura.lm.families.write import fill
+from mixtura.lm.upcycle.shared_pieces import check_shareable, share_pieces
 
 __all__ = ["FIELDS", "segment"]
+
+log = logging.getLogger(__name__)
 
 # model type -> the config's names of: experts, hidden units of one; the number chosen is `num_experts_per_tok` in all.
 FIELDS: Mapping[str, tuple[str, str]] = {
@@ -35,17 +41,26 @@ FIELDS: Mapping[str, tuple[str, str]] = {
 }
 
 
-def segment(model: PreTrainedModel, split: int) -> PreTrainedModel:
+def segment(
+    model: PreTrainedModel, split: int, *, shared: int = 0, batches: Iterable[Tensor] | None = None
+) -> PreTrainedModel:
     """Cut every expert of a mixture into pieces that are experts of their own; the function stays the same, to rounding.
+
+    With ``shared`` above 0 it does not: so many pieces of each layer, those used most on ``batches``, are then always on, and as
+    many fewer of the others are chosen. Parameters and the cost of a token stay. What that costs in loss on the batches is
+    logged (INFO); measure it on other text, and train.
 
     Args:
         model: a mixture of one of :data:`FIELDS`; it is left as it is.
         split: pieces m of each expert; a power of two rounds nothing.
+        shared: pieces K_s of a layer to share, below m times the experts that a token visits; for our own models, Qwen2-MoE
+            whose shared expert has weight 1, and DeepSeek-V2.
+        batches: token ids to see what is used, each of shape (B, L) or (L,), without padding; goes with ``shared``.
     Returns:
         A model of the same class, with m times as many experts of an m-th of the hidden units, in evaluation mode.
     Raises:
-        ValueError: another family, ``split`` that does not divide the hidden units, or a gate that is more than a top-k of a
-            linear map; the layer or the field is named.
+        ValueError: another family, ``split`` that does not divide the hidden units, a gate that is more than a top-k of a
+            linear map, or ``shared`` where no expert of weight 1 fits; the layer or the field is named.
     Example:
         >>> from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
         >>> config = MixturaConfig(
@@ -63,6 +78,7 @@ def segment(model: PreTrainedModel, split: int) -> PreTrainedModel:
     experts, hidden = FIELDS[config.model_type]
     if split < 1 or getattr(config, hidden) % split:
         raise ValueError(f"split must divide {hidden}={getattr(config, hidden)}, got {split}")
+    rows = _checked_shared(model, split, shared, batches)
     changes = _changes(find_moe(model), config, split)
     finer: Any = copy.deepcopy(config)
     now = getattr(config, experts)
@@ -76,7 +92,46 @@ def segment(model: PreTrainedModel, split: int) -> PreTrainedModel:
         made: PreTrainedModel = type(model)(finer)
     fill(made, lambda name: changes[name] if name in changes else state[name].clone())
     made.generation_config = copy.deepcopy(model.generation_config)
-    return made.eval()
+    made.eval()
+    if not shared:
+        return made
+    sharing = share_pieces(made, shared, rows, fields=(experts, hidden))
+    log.info(
+        "%d shared pieces a layer: loss on the batches %.3f -> %.3f nats",
+        shared,
+        _loss(made, rows),
+        _loss(sharing, rows),
+    )
+    return sharing
+
+
+def _checked_shared(model: Any, split: int, shared: int, batches: Iterable[Tensor] | None) -> list[Tensor]:
+    if (shared > 0) != (batches is not None):
+        raise ValueError(
+            f"shared > 0 and batches go together, got shared={shared} and {'no ' * (batches is None)}batches"
+        )
+    if batches is None:
+        if shared < 0:
+            raise ValueError(f"shared must be >= 0, got {shared}")
+        return []
+    check_shareable(model)
+    chosen = split * model.config.num_experts_per_tok
+    if shared >= chosen:
+        raise ValueError(
+            f"shared must be below the {chosen} pieces that a token visits (one has to be routed), got {shared}"
+        )
+    if getattr(model.config, "device_balance_coef", 0) and shared % model.config.device_groups:
+        raise ValueError(
+            f"shared={shared} leaves pieces that device_groups={model.config.device_groups} does not divide; take a multiple"
+        )
+    rows = [ids.reshape(-1, ids.shape[-1]) for ids in batches if ids.numel()]
+    if not rows:
+        raise ValueError("batches holds no tokens; give token ids of shape (B, L)")
+    return rows
+
+
+def _loss(model: PreTrainedModel, rows: list[Tensor]) -> float:
+    return float(torch.cat([token_losses(model, ids).flatten() for ids in rows]).mean())
 
 
 def _changes(moe: list[MoEBlock], config: Any, split: int) -> dict[str, Tensor]:

@@ -29,10 +29,12 @@ class Slices:
     Attributes:
         segments: equal pieces that the hidden units are cut into.
         shared: leading pieces that go to the shared expert; the others become one routed expert each.
+        gain: what the routed pieces write is multiplied by it; 0 for their number.
     """
 
     segments: int = 1
     shared: int = 0
+    gain: int = 0
 
     @property
     def routed(self) -> int:
@@ -134,7 +136,7 @@ def _write(out: Tensor, prefix: str, part: str, kind: str, source: Source, slice
             out.copy_(value)
         else:
             out.copy_(value.view(len(value), m, -1).transpose(0, 1)[skip:])
-            out.mul_(float(slices.routed))
+            out.mul_(float(slices.gain or slices.routed))
         return
     halves = ("gate_proj", "up_proj") if part == "gate_up_proj" else ("up_proj",)
     for place, half in zip(out.chunk(len(halves), dim=1), halves, strict=True):
