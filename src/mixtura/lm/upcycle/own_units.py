@@ -89,16 +89,17 @@ def from_dense(
     if spread <= 0:
         raise ValueError(f"spread must be above 0, got {spread}")
     inputs = _inputs(dense, batches)
+    for layer, x_TD in enumerate(inputs):
+        if not bool(x_TD.isfinite().all()):
+            raise ValueError(
+                f"the input to the feed-forward part of layer {layer} is not finite; check the model's weights"
+            )
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     orders: list[Tensor] = []
     routers: list[Tensor] = []
     while inputs:
         layer = len(orders)
         x_TD = inputs.pop(0)
-        if not bool(x_TD.isfinite().all()):
-            raise ValueError(
-                f"model: the input to the feed-forward part of layer {layer} is not finite; check the weights"
-            )
         activations_TH, down_DH = _activations(dense, layer, x_TD)
         order = unit_order(activations_TH, down_DH, split=split, shared=shared, generator=generator)
         norms_TE = block_norms(activations_TH[:, order], down_DH[:, order], split)[:, shared:]
