@@ -90,12 +90,16 @@ class ParallelExperts(nn.Module):
         counts_E = torch.bincount(flat, minlength=self.num_experts + 1)[: self.num_experts]
         pairs_S = order[: int(counts_E.sum())]
         tokens_S = pairs_S // max(k, 1)
-        sent = exchange(hidden_states.index_select(0, tokens_S), counts_E, self.mesh, plan=self.plan)
-        back_SD = sent.undo(self._here(sent.rows, sent.counts))
+        back_SD = self.computed(hidden_states.index_select(0, tokens_S), counts_E)
         wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
         weighted_SD = back_SD.to(wide) * top_k_weights.reshape(-1, 1).index_select(0, pairs_S)
         out_TD = torch.zeros_like(hidden_states, dtype=wide).index_add(0, tokens_S, weighted_SD.to(wide))
         return out_TD.to(hidden_states.dtype)
+
+    def computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows (S, D), sorted by expert, ``counts`` (E,) of them for each -> what their experts make of them. Collective."""
+        sent = exchange(rows, counts, self.mesh, plan=self.plan)
+        return sent.undo(self._here(sent.rows, sent.counts))
 
     def _here(self, rows: Tensor, counts: Tensor) -> Tensor:
         if len(rows) == 0:

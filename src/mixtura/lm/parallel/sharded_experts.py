@@ -16,8 +16,6 @@ Source: Hecate (2502.02581), sec. 4.
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any, TypeVar
@@ -25,14 +23,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from mixtura.lm.anatomy import find_moe
+from mixtura.lm.parallel import links
 from mixtura.lm.parallel.cluster import Cluster
 from mixtura.lm.parallel.exchange import blocks_transposed, swap_rows
 from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts
 from mixtura.lm.parallel.mesh import ExpertMesh
+from mixtura.lm.parallel.passing_copies import Copies, FetchAgain, Flights, Materialize
 from mixtura.lm.parallel.placement import (
     LoadTracker,
     Placement,
@@ -44,10 +43,8 @@ from mixtura.lm.parallel.placement import (
 )
 from mixtura.lm.parallel.sparse_collectives import (
     Arriving,
-    Summing,
     Transfer,
     sparse_all_gather,
-    sparse_reduce_scatter,
 )
 from mixtura.lm.parallel.traffic import copy_seconds, flow
 
@@ -90,7 +87,7 @@ class FullyShardedExperts(ParallelExperts):
         self.owners = homogeneous(n_experts, mesh.world)
         super().__init__(experts, n_experts, mesh)
         self.overlap, self.capacity = overlap or 0, capacity
-        self._measure = _Measure(bandwidth) if overlap is None else None
+        self._measure = links.AttentionTime(bandwidth) if overlap is None else None
         self.rematerialize, self.calibrate = rematerialize, calibrate
         self.topology = Topology(mesh.world // mesh.node, mesh.node)
         self.placement = self.owners
@@ -143,56 +140,48 @@ class FullyShardedExperts(ParallelExperts):
         shards = {name: getattr(self.local_experts, name) for name in self.stacked}
         return transfer, {name: sparse_all_gather(p.detach(), transfer, group) for name, p in shards.items()}
 
-    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """x (T, D), experts (T, K) in [0, E], weights (T, K) -> (T, D); index E means nothing. Collective."""
+    def computed(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """Rows (S, D), sorted by expert, ``counts`` (E,) of them for each -> what their experts make of them. Collective."""
         self.set_out()
         assert self._coming is not None
-        if self._measure is not None and self.training and self._measure.end():
-            chunk = sum(
-                getattr(self.local_experts, name)[:0].element_size() * self._size(name) for name in self.stacked
-            )
-            self.overlap = min(self.num_experts, self._measure.fits(chunk, self.mesh.group("world")))
-            self._measure = None
+        self._measured()
         (placement, transfer, coming), self._coming = self._coming, None
-        k = top_k_index.shape[-1]
-        flat = top_k_index.reshape(-1)
-        order = flat.argsort(stable=True)
-        counts_E = torch.bincount(flat, minlength=self.num_experts + 1)[: self.num_experts]
-        pairs_S = order[: int(counts_E.sum())]
-        tokens_S = pairs_S // max(k, 1)
-        counts_WE = self._all_counts(counts_E)
-        if self.calibrate is not None and self.training:
-            placement, transfer, coming = self._second_look(
-                placement, transfer, coming, counts_WE.sum(0), hidden_states
-            )
+        counts_WE = self._all_counts(counts)
+        load_E = counts_WE.sum(0)
+        if self.training and self.calibrate is not None:
+            placement, transfer, coming = self._second_look(placement, transfer, coming, load_E, rows)
         if self.training:
-            self.loads.update(0, counts_WE.sum(0))
+            self.loads.update(0, load_E)
         self.placement = placement
         self._check_same(placement)
 
         sent_WEW = assign_tokens(placement, counts_WE, self.topology)
-        rank = self.mesh.rank
+        rank, group = self.mesh.rank, self.mesh.group("world")
         mine_EW, to_me_WE = sent_WEW[rank], sent_WEW[:, :, rank]
-        leave = blocks_transposed(mine_EW.unsqueeze(-1)).to(flat.device)
         held = transfer.slots.sort()  # the experts held, by index, and the slot of each
         to_me_WH = to_me_WE[:, held.values]
         places = held.indices.repeat_interleave(to_me_WH.sum(0))
         by_slot = places.argsort(stable=True)
-        arrive, places = (t[by_slot].to(flat.device) for t in (blocks_transposed(to_me_WH.unsqueeze(-1)), places))
+        leave = blocks_transposed(mine_EW.unsqueeze(-1)).to(rows.device)
+        arrive = blocks_transposed(to_me_WH.unsqueeze(-1))[by_slot].to(rows.device)
         send, receive = mine_EW.sum(0).tolist(), to_me_WE.sum(1).tolist()
-        group = self.mesh.group("world")
-        rows = hidden_states.index_select(0, tokens_S).index_select(0, leave)
+        rows = rows.index_select(0, leave)
         if group is not None:
             rows = swap_rows(rows, send, receive, group)
-        back = self._computed(rows.index_select(0, arrive), places, transfer, coming).index_select(0, arrive.argsort())
+        results = self._by_slots(rows.index_select(0, arrive), places[by_slot].to(rows.device), transfer, coming)
+        results = results.index_select(0, arrive.argsort())
         if group is not None:
-            back = swap_rows(back, receive, send, group)
-        back_SD = back.index_select(0, leave.argsort())
+            results = swap_rows(results, receive, send, group)
+        return results.index_select(0, leave.argsort())
 
-        wide = torch.float64 if hidden_states.dtype == torch.float64 else torch.float32
-        weighted_SD = back_SD.to(wide) * top_k_weights.reshape(-1, 1).index_select(0, pairs_S)
-        out_TD = torch.zeros_like(hidden_states, dtype=wide).index_add(0, tokens_S, weighted_SD.to(wide))
-        return out_TD.to(hidden_states.dtype)
+    def _measured(self) -> None:
+        """Set the overlap once the attention's time is known. Collective."""
+        if self._measure is None or not self.training or not self._measure.end():
+            return
+        parameters = [getattr(self.local_experts, name) for name in self.stacked]
+        chunk = sum(p.element_size() * p.shape[1:].numel() for p in parameters)
+        self.overlap = min(self.num_experts, self._measure.fits(chunk, self.mesh.group("world")))
+        self._measure = None
 
     def _all_counts(self, counts_E: Tensor) -> Tensor:
         group = self.mesh.group("world")
@@ -203,7 +192,7 @@ class FullyShardedExperts(ParallelExperts):
         return torch.stack(found).cpu()
 
     def _second_look(
-        self, placement: Placement, transfer: Transfer, coming: dict[str, Arriving], load: Tensor, x_TD: Tensor
+        self, placement: Placement, transfer: Transfer, coming: dict[str, Arriving], load: Tensor, rows: Tensor
     ) -> tuple[Placement, Transfer, dict[str, Arriving]]:
         """More copies, now that the load is known, if they are worth their way."""
         cluster = self.calibrate
@@ -218,12 +207,12 @@ class FullyShardedExperts(ParallelExperts):
         )
         if more.equal(placement):
             return placement, transfer, coming
-        parameters = sum(map(self._size, self.stacked))
+        parameters = sum(getattr(self.local_experts, name).shape[1:].numel() for name in self.stacked)
 
         def seconds(held: Placement) -> float:
-            rows = flow(held.numpy(), load.double().numpy(), cluster)
-            exchange = rows.exchange_seconds(x_TD.shape[-1] * x_TD.element_size(), cluster)
-            return float(4 * exchange + 3 * rows.computed.max() * 2 * parameters / cluster.flops)
+            moved = flow(held.numpy(), load.double().numpy(), cluster)
+            exchange = moved.exchange_seconds(rows.shape[-1] * rows.element_size(), cluster)
+            return float(4 * exchange + 3 * moved.computed.max() * 2 * parameters / cluster.flops)
 
         weights = parameters * getattr(self.local_experts, self.stacked[0]).element_size()
         takes = float(copy_seconds(placement.numpy(), more.numpy(), weights, cluster))
@@ -233,15 +222,11 @@ class FullyShardedExperts(ParallelExperts):
             arriving.wait()
         return more, *self._sent(self.owners, more)
 
-    def _size(self, name: str) -> int:
-        """Parameters of one expert under a name."""
-        return int(getattr(self.local_experts, name).shape[1:].numel())
-
-    def _computed(self, rows: Tensor, places: Tensor, transfer: Transfer, coming: dict[str, Arriving]) -> Tensor:
+    def _by_slots(self, rows: Tensor, places: Tensor, transfer: Transfer, coming: dict[str, Arriving]) -> Tensor:
         """Rows in the order of slots -> their results: through the own experts, then through the copies."""
         shards = {name: getattr(self.local_experts, name) for name in self.stacked}
-        copies = Copies(self, transfer, {name: arriving.wait() for name, arriving in coming.items()})
-        stacks = _Materialize.apply(copies, *shards.values())
+        copies = Copies(self, transfer, {name: arriving.wait() for name, arriving in coming.items()}, self._flights)
+        stacks = Materialize.apply(copies, *shards.values())
         own, others = (dict(zip(shards, part, strict=True)) for part in (stacks[: len(shards)], stacks[len(shards) :]))
         n_own = int((places < transfer.n_own).sum())
         by_owner = self._through(own, rows[:n_own], places[:n_own])
@@ -249,7 +234,7 @@ class FullyShardedExperts(ParallelExperts):
             by_copies = self._through(others, rows[n_own:], places[n_own:] - transfer.n_own)
         y = torch.cat([by_owner, by_copies])
         if self.rematerialize and torch.is_grad_enabled():
-            y = _FetchAgain.apply(y, copies)
+            y = FetchAgain.apply(y, copies)
             copies.free()
         return y
 
@@ -317,136 +302,6 @@ def _moved(t: Tensor, leave: Tensor, send: list[int], receive: list[int], group:
     return out
 
 
-class _Measure:
-    """How long a layer's attention takes, in its first passes."""
-
-    PASSES = 4  # the first of them warm up
-
-    def __init__(self, bandwidth: float):
-        self.bandwidth, self.seconds, self._began = bandwidth, list[float](), 0.0
-
-    def begin(self) -> None:
-        self._began = _now()
-
-    def end(self) -> bool:
-        """Whether enough was seen."""
-        self.seconds.append(_now() - self._began)
-        return len(self.seconds) == self.PASSES
-
-    def fits(self, chunk_bytes: int, group: Any) -> int:
-        """Experts that travel meanwhile, in the process where they are fewest. Collective."""
-        found = torch.tensor([min(self.seconds[self.PASSES // 2 :]) * self.bandwidth / chunk_bytes])
-        if group is not None:
-            found = found.to(_collective_device(group))
-            dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
-        return int(found)
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def _collective_device(group: Any) -> str:
-    return "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-
-
-class Copies:
-    """The copies of one pass of one layer: there, freed, or fetched again."""
-
-    def __init__(self, layer: FullyShardedExperts, transfer: Transfer, stacks: dict[str, Tensor]):
-        self.layer, self.transfer, self.stacks = layer, transfer, stacks
-        self._storages = {s.untyped_storage().data_ptr(): name for name, s in stacks.items() if s.numel()}
-
-    def saved_by_name(self) -> saved_tensors_hooks:
-        """While it lasts, what autograd saves of the copies is saved as a name and a place."""
-
-        def pack(t: Tensor) -> Any:
-            name = self._storages.get(t.untyped_storage().data_ptr()) if t.numel() else None
-            return t if name is None else (name, t.shape, t.stride(), t.storage_offset())
-
-        def unpack(saved: Any) -> Tensor:
-            if isinstance(saved, Tensor):
-                return saved
-            name, *place = saved
-            return self.stacks[name].as_strided(*place)
-
-        return saved_tensors_hooks(pack, unpack)
-
-    def free(self) -> None:
-        """Release their memory, though autograd still knows of them."""
-        for stack in self.stacks.values():
-            stack.untyped_storage().resize_(0)
-        self.stacks = {}
-
-    def fetch(self) -> None:
-        """Bring them again. Collective."""
-        layer, group = self.layer, self.layer.mesh.group("world")
-        shards = {name: getattr(layer.local_experts, name).detach() for name in layer.stacked}
-        coming = {name: sparse_all_gather(p, self.transfer, group) for name, p in shards.items()}
-        self.stacks = {name: arriving.wait() for name, arriving in coming.items()}
-
-
-class Flights:
-    """Gradients under way, of at most one layer: the next layer's wait for the last one's, and the end of backward for all."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[nn.Parameter, Tensor, Summing]] = []
-
-    def start(self, gradients: list[tuple[nn.Parameter, Tensor, Summing]]) -> None:
-        """Take a layer's: parameter, gradient computed here, sum that comes from elsewhere."""
-        self.land()
-        self._pending = gradients
-        engine: Any = torch.autograd.Variable._execution_engine  # type: ignore[attr-defined]
-        engine.queue_callback(self.land)
-
-    def land(self) -> None:
-        pending, self._pending = self._pending, []
-        for parameter, own, elsewhere in pending:
-            total = own + elsewhere.wait()
-            parameter.grad = total if parameter.grad is None else parameter.grad + total
-
-
-class _Materialize(torch.autograd.Function):
-    """Own experts -> own experts and copies of others'. Backward, the copies' gradients go home; sums land in ``.grad``.
-
-    That it returns no gradient keeps autograd from waiting for them, and from caring that a parameter changes its shape when
-    experts change owners.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, copies: Copies, *shards: Tensor) -> tuple[Tensor, ...]:
-        ctx.copies = copies
-        return (*(p.detach() for p in shards), *(copies.stacks[name] for name in copies.layer.stacked))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
-        copies: Copies = ctx.copies
-        layer, n = copies.layer, len(copies.layer.stacked)
-        group = layer.mesh.group("world")
-        landing = []
-        for name, own, away in zip(layer.stacked, grads[:n], grads[n:], strict=True):
-            summing = sparse_reduce_scatter(away, copies.transfer, group)
-            if (parameter := getattr(layer.local_experts, name)).requires_grad:
-                landing.append((parameter, own, summing))
-        layer._flights.start(landing)
-        copies.stacks = {}
-        return (None,) * (1 + n)
-
-
-class _FetchAgain(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, copies: Copies) -> Tensor:
-        ctx.copies = copies
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.copies.fetch()
-        return grad, None
-
-
 def shard_experts(
     model: Model,
     mesh: ExpertMesh,
@@ -488,8 +343,8 @@ def shard_experts(
     flights = Flights()
     chunk = max(sum(p[0].numel() * p.element_size() for p in b.experts.parameters()) for b in blocks)
     if capacity is None:
-        capacity = _room(chunk * (1 if rematerialize else len(blocks)), mesh)
-    bandwidth = _bandwidth(chunk, mesh) if overlap is None else 0.0
+        capacity = links.room(chunk * (1 if rematerialize else len(blocks)), mesh)
+    bandwidth = links.bandwidth(chunk, mesh) if overlap is None else 0.0
     for block in blocks:
         sharded = FullyShardedExperts(
             block.experts,
@@ -506,40 +361,6 @@ def shard_experts(
         layer = model.get_submodule(block.name.rpartition(".")[0])
         layer.register_forward_pre_hook(lambda *_, sharded=sharded: sharded.set_out())
     return model
-
-
-def _room(slot_bytes: int, mesh: ExpertMesh) -> int:
-    """Copies a layer for which half of the free memory has room, weights and gradients, in the process with least. Collective."""
-    if torch.cuda.is_available():
-        free = torch.cuda.mem_get_info()[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // mesh.node
-    return _least(free // 2 // (2 * slot_bytes), mesh)
-
-
-def _bandwidth(chunk_bytes: int, mesh: ExpertMesh) -> int:
-    """Bytes a second that a process receives while every one sends an expert to every other. Collective."""
-    group = mesh.group("world")
-    if group is None:
-        return 0
-    device = _collective_device(group)
-    sent = torch.zeros(mesh.world * chunk_bytes, dtype=torch.uint8, device=device)
-    seconds = []
-    for _ in range(3):
-        dist.barrier(group=group)
-        began = _now()
-        dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
-        seconds.append(_now() - began)
-    return _least(int((mesh.world - 1) * chunk_bytes / min(seconds)), mesh)
-
-
-def _least(value: int, mesh: ExpertMesh) -> int:
-    group = mesh.group("world")
-    if group is None:
-        return value
-    found = torch.tensor([value], device=_collective_device(group))
-    dist.all_reduce(found, dist.ReduceOp.MIN, group=group)
-    return int(found)
 
 
 def sharded_layers(model: nn.Module) -> list[FullyShardedExperts]:
