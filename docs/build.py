@@ -115,9 +115,45 @@ def _upcycle_memory(record: dict[str, Any]) -> Section:
     return "Memory of upcycling", what, rows, notes
 
 
+def _expert_parallel(record: dict[str, Any]) -> Section:
+    rows = []
+    for row in record["rows"]:
+        found: dict[str, Any] = {
+            "layout": row["layout"],
+            "step over one process": f"{row['step over one process']:.2f}",
+        }
+        for kind in ("rows", "gradients of experts", "gradients of the rest"):
+            found[f"{kind}, MB"] = f"{row.get(f'{kind}, bytes', 0.0) / 1e6:.2f}"
+        counted = row.get("rows, counted over formula")
+        found["rows, counted over formula"] = counted and f"{counted[1]:.4f} ({counted[0]:.2f} to {counted[2]:.2f})"
+        rows.append(found)
+    what = (
+        f"A training step of {record['tokens']:,} tokens in {record['processes']} processes on two cores, with the loss and "
+        "gradient norm of one process; bytes a process sends a step, and over the closed formula: mean, least and most over "
+        "processes."
+    )
+    notes = "Processes share two cores and one memory, so the times show what sharing costs and not what it gains."
+    return "Experts over processes", what, rows, notes
+
+
+def _token_selection(record: dict[str, Any]) -> Section:
+    bars = {"random over prefix": "1.5 at most", "mask over random": "5 at least"}
+    rows = [{"what": name, "ratio": _spread(record[name]), "bar": bar} for name, bar in bars.items()]
+    shape = record["shape"]
+    what = (
+        f"Which of {shape['tokens']:,} tokens stay with {shape['experts']} experts of {shape['places']} places: at random over "
+        "first come, and a mask of all experts with uniform numbers and a top-k over ours."
+    )
+    largest = record["largest block, bytes"]
+    notes = f"Largest block of memory: {largest['random'] / 1e6:.2f} MB, of the mask {largest['mask'] / 1e6:.2f} MB."
+    return "Selection within capacity", what, rows, notes
+
+
 READERS: dict[str, Callable[[dict[str, Any]], Section]] = {
     "experts_forward": _experts_forward,
     "attention_mixture": _attention_mixture,
+    "expert_parallel": _expert_parallel,
+    "token_selection": _token_selection,
     "upcycle_memory": _upcycle_memory,
 }
 

@@ -54,7 +54,9 @@ def room(slot_bytes: int, mesh: ExpertMesh) -> int:
     if torch.cuda.is_available():
         free = torch.cuda.mem_get_info()[0]
     else:
-        pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"  # macOS has no free ones
+        pages = (
+            "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        )  # macOS has no free ones
         free = os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE") // mesh.node
     return _least(free // 2 // (2 * slot_bytes), mesh)
 

@@ -172,8 +172,10 @@ def materialize(
     shares = _proportional([expected[e] for e in busiest], [holders[e] for e in busiest], slots, n_devices)
     each = {e: expected[e] / (holders[e] + share) for e, share in zip(busiest, shares, strict=True)}
     rows = (out * torch.tensor([each.get(e, expected[e]) for e in range(n_experts)]).unsqueeze(1)).sum(0).tolist()
-    for expert, device in _spread(out, each, shares, room, rows, topology):
-        out[expert, device] = True
+    placed = _spread(out, each, shares, room, rows, topology)
+    if placed:
+        experts, devices = torch.tensor(placed).T
+        out[experts, devices] = True
     return out
 
 
@@ -225,18 +227,29 @@ def _spread(
         holds = set(held[expert].nonzero().flatten().tolist())
         reached = {device // per for device in holds}
         for _ in range(share):
-            for node in sorted(nodes, key=lambda n: (n in reached, -node_free[n], n)):
-                here = [d for d in range(node * per, node * per + per) if free[d] and d not in holds]
+            best: tuple[bool, int, int] | None = None
+            places: list[int] = []
+            for node in nodes:  # the order of keys, without a sort: this runs for every copy of every plan
+                if not node_free[node]:
+                    continue
+                key = (node in reached, -node_free[node], node)
+                if best is not None and key > best:
+                    continue
+                first = node * per
+                here = [d for d in range(first, first + per) if free[d] and d not in holds]
                 if here:
-                    break
-            else:  # every device with room holds it already
+                    best, places = key, here
+            if best is None:  # every device with room holds it already
                 break
-            device = min(here, key=lambda d: (-free[d], busy[d], d))
+            device = places[0]
+            for d in places[1:]:
+                if free[d] > free[device] or (free[d] == free[device] and busy[d] < busy[device]):
+                    device = d
             placed.append((expert, device))
             holds.add(device)
-            reached.add(node)
+            reached.add(best[2])
             free[device] -= 1
-            node_free[node] -= 1
+            node_free[best[2]] -= 1
             busy[device] += more
     return placed
 
