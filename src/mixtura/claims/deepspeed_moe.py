@@ -277,6 +277,7 @@ def _read(model: WindowModel, rows: Tensor) -> float:
 
 def plot(record: Record, figure: Any) -> None:
     """Losses of the arms over their sizes, and students over the stop of the teacher, seeds as points."""
+    figure.set_size_inches(11.0, 4.2)
     left, right = figure.subplots(1, 2)
     names = {
         "moe_4": "MoE-4",
@@ -286,7 +287,7 @@ def plot(record: Record, figure: Any) -> None:
         "top2_4": "top2-4",
     }
     for name, shown in names.items():
-        losses = [row[f"loss_{name}"] for row in record["seeds"]]
+        losses = [row[f"loss_{name}"] - row["loss_moe_16"] for row in record["seeds"]]  # seeds are other texts
         sizes = [row["detail"]["arms"][name]["parameters"] / 1e3 for row in record["seeds"]]
         colour = "tab:orange" if name == "pyramid" else "tab:gray"
         left.plot(sizes, losses, ".", color=colour)
@@ -294,7 +295,7 @@ def plot(record: Record, figure: Any) -> None:
             shown, (sizes[0], sum(losses) / len(losses)), xytext=(6, 0), textcoords="offset points", fontsize=8
         )
     left.set_xlabel("parameters, thousands")
-    left.set_ylabel("nats a token")
+    left.set_ylabel("nats a token, over MoE-16 of the same seed")
     left.margins(x=0.2)
     for row in record["seeds"]:
         students = row["detail"]["students"]
@@ -341,8 +342,10 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "A window of five tokens, 64 wide, four blocks: the layers are the paper's, the model is not, since a small "
-        "transformer still sits in its early plateau after a few hundred steps. In which half of the blocks experts help "
+        "One check fails: the student whose teacher stops at 0.7 is 0.038 nats behind the one taught to the end (bar 0.002), and "
+        "0.021 behind with a teacher of as many steps as itself (one other seed). A window of five tokens, 64 wide, four blocks: "
+        "the layers are the paper's, the model is not, since a small transformer still sits in its early plateau after a few "
+        "hundred steps. In which half of the blocks experts help "
         "more (loss_first_half, loss_second_half, at the rate of MoE-16) is reported and not judged: the first block of a "
         "window model sees the raw tokens, and figure 2 is about deep transformers. The paper stops the teacher because a "
         "student without spare capacity trades its own loss for imitation. Students of 750 steps are far from their "
