@@ -10,6 +10,7 @@ Shapes: B batch, L positions (S of the source), T = B L tokens, D width, E exper
 Source: 2109.10465, sec. 3 (capacity, random token selection) and sec. 4 (the model).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,16 +23,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput, can_return_tuple
 
 import mixtura.lm.experts_forward  # noqa: F401 (registers experts_implementation="mixtura")
-from mixtura.core.capacity import CapacityPolicy, capacity, capacity_select
 from mixtura.core.gates import Routing
 from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.model.attention import Attention, MixturaRotaryEmbedding
 from mixtura.lm.model.decoder import MixturaPreTrainedModel, routing_loss
+from mixtura.lm.model.limited_experts import LimitedExpertsBlock, wide
 from mixtura.lm.model.multitask_config import MultitaskMoEConfig
-from mixtura.lm.model.parts import ExpertsBlock, MixturaRouter, Mlp, make_norm
+from mixtura.lm.model.parts import Mlp, make_norm
 from mixtura.lm.token_loss import IGNORED
 
-__all__ = ["LimitedExpertsBlock", "MultitaskMoEForConditionalGeneration", "Seq2SeqMoEOutput"]
+__all__ = ["MultitaskMoEForConditionalGeneration", "Seq2SeqMoEOutput"]
 
 
 @dataclass
@@ -59,81 +60,6 @@ class Seq2SeqMoEOutput(ModelOutput):
     )
     encoder_routing: tuple[Routing, ...] | None = None
     decoder_routing: tuple[Routing, ...] | None = None
-
-
-class WideRouter(MixturaRouter):
-    """Softmax gate in float32, also under autocast; in training its input may be jittered."""
-
-    def __init__(self, config: MultitaskMoEConfig, num_experts: int):
-        super().__init__(config, num_experts)
-        self.jitter = config.router_jitter
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(T, D) -> logits (T, E), float32, weights (T, 1) in the dtype of x, indices (T, 1)."""
-        x_TD = x.reshape(-1, x.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
-            wide_TD = _wide(x_TD)
-            if self.training and self.jitter:
-                wide_TD = wide_TD * torch.empty_like(wide_TD).uniform_(1 - self.jitter, 1 + self.jitter)
-            logits_TE = F.linear(wide_TD, self.weight.to(wide_TD.dtype))
-        # The lowest index of equal logits, as in `top_k`; `max` promises the first on every device.
-        probs_TE = logits_TE.softmax(-1)
-        indices_T1 = logits_TE.detach().max(-1, keepdim=True).indices
-        return logits_TE, probs_TE.gather(-1, indices_T1).to(x.dtype), indices_T1
-
-
-class LimitedExpertsBlock(ExpertsBlock):
-    """Experts of which each takes a limited number of tokens; padding takes no place."""
-
-    def __init__(self, config: MultitaskMoEConfig, n_experts: int):
-        super().__init__(config, n_experts)
-        self.gate = WideRouter(config, n_experts)
-        # Tells transformers' engines that an index equal to the number of experts marks a pair to be passed over.
-        cast(Any, self.experts)._is_expert_parallel = True
-        self.config, self.n_experts = config, n_experts
-        self.generator: torch.Generator | None = None  # of random selection; None: torch's own
-
-    def mix(self, hidden_states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """(B, L, D) and a mask (B, L), false at padding -> (B, L, D) and the routing of its tokens, batch-major."""
-        x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        logits_TE, weights_T1, indices_T1 = self.gate(x_TD)
-        if mask is not None:
-            indices_T1 = indices_T1.masked_fill(~mask.reshape(-1, 1), self.n_experts)
-        n_tokens = len(x_TD) if mask is None else int(mask.sum())
-        dropped_T1 = ~self._kept(indices_T1, weights_T1, n_tokens, hidden_states.shape[:2])
-        indices_T1 = indices_T1.masked_fill(dropped_T1, self.n_experts)
-        weights_T1 = weights_T1.masked_fill(dropped_T1, 0.0)
-        y_TD = self.experts(x_TD, indices_T1, weights_T1)
-        routing = Routing(weights=weights_T1, indices=indices_T1, logits=logits_TE, probs=logits_TE.softmax(-1))
-        return y_TD.reshape(hidden_states.shape), routing
-
-    def forward(self, hidden_states: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
-        return self.mix(hidden_states, mask)[0]
-
-    @torch.no_grad()
-    def _kept(self, indices_T1: Tensor, weights_T1: Tensor, n_tokens: int, shape: torch.Size) -> Tensor:
-        config = self.config
-        factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if not factor:
-            return indices_T1 < self.n_experts
-        limit = capacity(n_tokens, self.n_experts, factor, minimum=config.min_capacity)
-        policy = cast(CapacityPolicy, config.capacity_policy if self.training else "prefix")
-        turned = config.layout == "sequence_major"
-
-        def laid_out(values_T1: Tensor) -> Tensor:
-            return values_T1.view(shape).T.reshape(-1, 1) if turned else values_T1
-
-        kept_T1 = capacity_select(
-            laid_out(indices_T1),
-            self.n_experts,
-            limit,
-            policy=policy,
-            probs=laid_out(weights_T1) if policy == "probs" else None,
-            groups=config.capacity_groups if policy == "group" else 1,
-            generator=self.generator if policy == "random" else None,
-        )
-        return kept_T1.view(shape[1], shape[0]).T.reshape(-1, 1) if turned else kept_T1
 
 
 class CrossAttention(Attention):
@@ -227,19 +153,32 @@ class MultitaskMoEPreTrainedModel(MixturaPreTrainedModel):
     _can_record_outputs = {}  # noqa: RUF012
 
 
-class Encoder(MultitaskMoEPreTrainedModel):
+class Half(MultitaskMoEPreTrainedModel):
+    """What encoder and decoder have alike: an embedding, layers, a final norm and rotary tables."""
+
+    def __init__(self, config: MultitaskMoEConfig, layers: Sequence[nn.Module]):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(layers)
+        self.norm = make_norm(config)
+        self.rotary_emb = MixturaRotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """Token ids (B, L) -> (B, L, D)."""
+        x: Tensor = self.embed_tokens(ids)
+        scale = self.config.embed_scale
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
+
+
+class Encoder(Half):
     """Token ids -> hidden states that know both sides."""
 
     main_input_name = "input_ids"
 
     def __init__(self, config: MultitaskMoEConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(EncoderLayer(config, i) for i in range(config.encoder_layers))
-        self.norm = make_norm(config)
-        self.rotary_emb = MixturaRotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.post_init()
+        super().__init__(config, [EncoderLayer(config, i) for i in range(config.encoder_layers)])
 
     @can_return_tuple
     def forward(
@@ -252,7 +191,7 @@ class Encoder(MultitaskMoEPreTrainedModel):
         """Token ids (B, S) or embeddings (B, S, D); the mask (B, S) is zero at padding and by default where the pad token is."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        x = inputs_embeds if input_ids is None else _embedded(self, input_ids)
+        x = inputs_embeds if input_ids is None else self.embedded(input_ids)
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = (input_ids != self.config.pad_token_id).long()
         mask = None if attention_mask is None else attention_mask.bool()
@@ -266,17 +205,11 @@ class Encoder(MultitaskMoEPreTrainedModel):
         return EncoderOutput(last_hidden_state=self.norm(x), routing=tuple(routings), attention_mask=attention_mask)
 
 
-class Decoder(MultitaskMoEPreTrainedModel):
+class Decoder(Half):
     """Token ids and the encoder's output -> hidden states that know what came before."""
 
     def __init__(self, config: MultitaskMoEConfig):
-        super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.decoder_layers))
-        self.norm = make_norm(config)
-        self.rotary_emb = MixturaRotaryEmbedding(config)
-        self.gradient_checkpointing = False
-        self.post_init()
+        super().__init__(config, [DecoderLayer(config, i) for i in range(config.decoder_layers)])
 
     def forward(
         self,
@@ -292,7 +225,7 @@ class Decoder(MultitaskMoEPreTrainedModel):
         ``attention_mask`` (B, L), or (B, past and L), is zero at padding; by default padding is the pad token behind the first
         position, which is how finished sequences look while others are still generated.
         """
-        config, x = self.config, _embedded(self, input_ids)
+        config, x = self.config, self.embedded(input_ids)
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         positions = torch.arange(seen, seen + x.shape[1], device=x.device)[None]
         if attention_mask is not None:
@@ -317,12 +250,6 @@ class Decoder(MultitaskMoEPreTrainedModel):
             x, routing = layer(x, tables, attention, mask, memory, memory_attention, past_key_values=past_key_values)
             routings += [routing] if routing is not None else []
         return self.norm(x), tuple(routings)
-
-
-def _embedded(half: Any, ids: Tensor) -> Tensor:
-    x: Tensor = half.embed_tokens(ids)
-    scale = half.config.embed_scale
-    return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype, device=x.device)
 
 
 class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, GenerationMixin):
@@ -438,9 +365,7 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         logits = self.lm_head(hidden)
         loss = aux = None
         if labels is not None:
-            total = F.cross_entropy(
-                _wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            total = F.cross_entropy(wide(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
             count = (labels != IGNORED).sum()
             if shared_batch is not None:
                 loss = total / shared_batch.mean(count, total)
@@ -470,7 +395,3 @@ def _balance(
     if not routings or (shared is None and mask is not None and not bool(mask.any())):
         return torch.zeros(())
     return routing_loss(tuple(r.logits for r in routings), config, mask, shared=shared)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
