@@ -33,6 +33,7 @@ __all__ = ["PLANS", "Cost", "Exchanged", "Plan", "blocks_transposed", "exchange"
 Plan = Literal["direct", "coordinated", "hierarchical"]
 PLANS: tuple[Plan, ...] = ("direct", "coordinated", "hierarchical")
 Group = dist.ProcessGroup | None
+Way = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -205,11 +206,11 @@ class _Share:
         self.lengths, self.place, self.group = lengths, place, group
 
     def there(self, rows: Tensor) -> Tensor:
-        part: Tensor = _Keep.apply(rows, self)
+        part: Tensor = _Mirrored.apply(rows, self.keep, self.back)
         return part
 
     def back(self, rows: Tensor) -> Tensor:
-        whole: Tensor = _Join.apply(rows, self)
+        whole: Tensor = _Mirrored.apply(rows, self.join, self.there)
         return whole
 
     def keep(self, rows: Tensor) -> Tensor:
@@ -219,26 +220,17 @@ class _Share:
         return _Spread(self.lengths, self.lengths[self.place], self.group).there(rows)
 
 
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, share: _Share) -> Tensor:
-        ctx.share = share
-        return share.keep(rows)
+class _Mirrored(torch.autograd.Function):
+    """One way forward; the other, with the gradient, backward."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.share.back(grad), None
-
-
-class _Join(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, share: _Share) -> Tensor:
-        ctx.share = share
-        return share.join(rows)
+    def forward(ctx: Any, rows: Tensor, way: Way, back: Way) -> Tensor:
+        ctx.back = back
+        return way(rows)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.share.there(grad), None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad), None, None
 
 
 class _Swapped(torch.autograd.Function):
@@ -255,6 +247,15 @@ class _Swapped(torch.autograd.Function):
 
 
 def swap_rows(rows: Tensor, send: list[int], receive: list[int], group: Group) -> Tensor:
+    """Rows to and from every process of a group; the gradient takes the way back. Collective.
+
+    Args:
+        rows: shape (S, ...), those for each process in the order of ranks.
+        send, receive: numbers of rows to and from each.
+        group: their process group.
+    Returns:
+        Shape (R, ...), in the order of ranks they come from.
+    """
     swapped: Tensor = _Swapped.apply(rows, send, receive, group)
     return swapped
 
