@@ -40,6 +40,12 @@ def test_an_expert_crosses_into_a_node_once():
     assert node.tolist() == [1, 1]
 
 
+def test_of_several_nodes_with_a_copy_one_sends():
+    cluster = Cluster(nodes=3, devices_per_node=1, inter_bw=1e9, intra_bw=1e10, flops=1e12, memory=1e9)
+    before, after = (np.array([row], dtype=bool) for row in ([1, 1, 0], [1, 1, 1]))
+    assert moved_chunks(before, after, cluster)[1].tolist() == [1, 0, 1]
+
+
 def test_a_fit_recovers_the_law_of_the_loads():
     for skew, drift in ((0.5, 0.03), (1.0, 0.1), (1.5, 0.3)):
         trace = synthesize_loads(200, 8, 64, 200_000, skew=skew, drift=drift, seed=1)

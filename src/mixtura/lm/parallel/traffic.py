@@ -71,15 +71,18 @@ def flow(placement: Bools, load: Floats, cluster: Cluster) -> Flow:
 def moved_chunks(before: Bools, after: Bools, cluster: Cluster) -> tuple[Floats, Floats]:
     """Expert-sized pieces that a sparse all-gather brings: to each device (..., D), across each node's border (..., N).
 
-    A piece crosses into a node once, however many of its devices want it, and leaves its owner's node once: they pass it on.
+    A piece crosses into a node once, however many of its devices want it, and leaves one node that holds it, the first, once:
+    nodes pass it on.
     """
     extra = after & ~before
     per, nodes = cluster.devices_per_node, cluster.nodes
     *lead, n_experts, _ = extra.shape
     wanted = extra.reshape(*lead, n_experts, nodes, per).any(-1)
-    owned = before.reshape(*lead, n_experts, nodes, per).any(-1)
-    into = (wanted & ~owned).sum(-2)
-    out = (owned & (wanted & ~owned).any(-1, keepdims=True)).sum(-2)
+    held = before.reshape(*lead, n_experts, nodes, per).any(-1)
+    sender = held & (held.cumsum(-1) == 1)
+    missing = wanted & ~held
+    into = missing.sum(-2)
+    out = (sender & missing.any(-1, keepdims=True)).sum(-2)
     return extra.sum(-2).astype(np.float64), np.maximum(into, out).astype(np.float64)
 
 
