@@ -15,7 +15,13 @@ from mixtura.lm.parallel.cluster import Cluster
 from mixtura.lm.parallel.experts import parallel_experts, single_name
 from mixtura.lm.parallel.placement import homogeneous
 from mixtura.lm.parallel.sharded_experts import reshard, shard_experts, sharded_layers
-from mixtura.lm.parallel.sparse_collectives import Transfer, bytes_moved, sparse_all_gather, sparse_reduce_scatter
+from mixtura.lm.parallel.sparse_collectives import (
+    Transfer,
+    bytes_moved,
+    rearranged,
+    sparse_all_gather,
+    sparse_reduce_scatter,
+)
 
 STEPS, RESHARD, LENGTH, EXPERTS = 12, 5, 6, 8
 PARTS = [0, 3, 4, 5, 7]
@@ -78,6 +84,34 @@ def test_weights_come_as_they_are_and_gradients_go_home_in_order():
         assert sum(f[seed]["ahead"] for f in found) == pytest.approx(
             float(sum(f[seed]["behind"] for f in found)), rel=1e-12
         )
+
+
+def collect_twice(rank):
+    """Copies that came in two transfers, the second only of what was new, and those of one transfer; and what the second sent."""
+    import torch.distributed as dist
+
+    group, found = dist.group.WORLD, []
+    for seed in range(4):
+        before, first = placements(seed)
+        more = first | placements(seed + 50)[1]
+        shard = torch.randn(EXPERTS, 3, generator=torch.Generator().manual_seed(seed))[before[:, rank]]
+        parts = [Transfer.between(before, first, rank), Transfer.between(before, more, rank, already=first)]
+        whole = Transfer.between(before, more, rank)
+        stacks = [(part, sparse_all_gather(shard, part, group).wait()) for part in parts]
+        found.append(
+            [rearranged(stacks, whole), sparse_all_gather(shard, whole, group).wait(), torch.tensor(len(parts[1].send))]
+        )
+    return found
+
+
+def test_a_second_transfer_brings_what_is_new_and_joins_the_first():
+    found = in_processes(4, collect_twice)
+    for seed in range(4):
+        before, first = placements(seed)
+        new = (first | placements(seed + 50)[1]) & ~first & ~before
+        for joined, at_once, _ in (row[seed] for row in found):
+            assert torch.equal(joined, at_once)
+        assert sum(int(row[seed][2]) for row in found) == int(new.sum()) > 0
 
 
 def test_owners_must_keep_what_they_own():

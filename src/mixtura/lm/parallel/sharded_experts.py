@@ -44,6 +44,7 @@ from mixtura.lm.parallel.placement import (
 from mixtura.lm.parallel.sparse_collectives import (
     Arriving,
     Transfer,
+    rearranged,
     sparse_all_gather,
 )
 from mixtura.lm.parallel.traffic import copy_seconds, flow
@@ -134,8 +135,10 @@ class FullyShardedExperts(ParallelExperts):
             )
         self._coming = (placement, *self._sent(self.owners, placement))
 
-    def _sent(self, before: Placement, after: Placement) -> tuple[Transfer, dict[str, Arriving]]:
-        transfer = Transfer.between(before, after, self.mesh.rank)
+    def _sent(
+        self, before: Placement, after: Placement, *, already: Placement | None = None
+    ) -> tuple[Transfer, dict[str, Arriving]]:
+        transfer = Transfer.between(before, after, self.mesh.rank, already=already)
         group = self.mesh.group("world")
         shards = {name: getattr(self.local_experts, name) for name in self.stacked}
         return transfer, {name: sparse_all_gather(p.detach(), transfer, group) for name, p in shards.items()}
@@ -218,9 +221,13 @@ class FullyShardedExperts(ParallelExperts):
         takes = float(copy_seconds(placement.numpy(), more.numpy(), weights, cluster))
         if seconds(placement) - seconds(more) <= takes:
             return placement, transfer, coming
-        for arriving in coming.values():
-            arriving.wait()
-        return more, *self._sent(self.owners, more)
+        extra, arriving = self._sent(self.owners, more, already=placement)
+        whole = Transfer.between(self.owners, more, self.mesh.rank)
+        copies = {
+            name: rearranged([(transfer, coming[name].wait()), (extra, arriving[name].wait())], whole)
+            for name in self.stacked
+        }
+        return more, whole, {name: Arriving(stack, None, stack) for name, stack in copies.items()}
 
     def _by_slots(self, rows: Tensor, places: Tensor, transfer: Transfer, coming: dict[str, Arriving]) -> Tensor:
         """Rows in the order of slots -> their results: through the own experts, then through the copies."""

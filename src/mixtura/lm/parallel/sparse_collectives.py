@@ -13,6 +13,7 @@ Source: Hecate (2502.02581), sec. 4.1. The paper launches a broadcast (a reducti
 each receiver, all in one all-to-all: the same bytes received, and sums in the order of ranks, whatever the timing.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from mixtura.lm.parallel.placement import Placement, check_owners
 
-__all__ = ["Transfer", "bytes_moved", "sparse_all_gather", "sparse_reduce_scatter"]
+__all__ = ["Arriving", "Summing", "Transfer", "bytes_moved", "rearranged", "sparse_all_gather", "sparse_reduce_scatter"]
 
 Group = dist.ProcessGroup | None
 
@@ -63,14 +64,18 @@ class Transfer:
     receive_counts: list[int]
 
     @classmethod
-    def between(cls, before: Placement, after: Placement, rank: int) -> "Transfer":
+    def between(cls, before: Placement, after: Placement, rank: int, *, already: Placement | None = None) -> "Transfer":
         """Transfer of one device.
 
+        Args:
+            before, after: who owns, and who shall hold.
+            rank: of the device.
+            already: owners and copies that are there; they are neither sent nor given a slot.
         Raises:
             ValueError: an expert without exactly one owner, or ``before`` not within ``after``.
         """
         _check(before, after)
-        extra = after & ~before
+        extra = after & ~(before if already is None else before | already)
         own = before[:, rank].nonzero().flatten()
         receivers = extra[own].T  # (D, O)
         owner = before.int().argmax(1)
@@ -83,6 +88,19 @@ class Transfer:
             send_counts=receivers.sum(1).tolist(),
             receive_counts=torch.bincount(owner[received], minlength=before.shape[1]).tolist(),
         )
+
+
+def rearranged(stacks: Sequence[tuple[Transfer, Tensor]], whole: Transfer) -> Tensor:
+    """Copies that came in several transfers, as they would have come in one.
+
+    Args:
+        stacks: transfers from the same owners with what they brought, (C, ...) each.
+        whole: the transfer that gives the slots.
+    """
+    experts = torch.cat([transfer.slots[transfer.n_own :] for transfer, _ in stacks])
+    place = experts.argsort()[whole.slots[whole.n_own :].argsort().argsort()]
+    copies = torch.cat([copies for _, copies in stacks])
+    return copies.index_select(0, place.to(copies.device))
 
 
 class Arriving:
