@@ -79,4 +79,5 @@ def test_the_engine_plays_legal_games():
     text = ours.chess_games(1, seed=0, policy="stockfish", max_chars=60).text[0]
     board = chess.Board()
     for word in text[1:].split():
-        board.push_san(word)
+        board.push_san(word)  # raises where a move is not legal
+    assert len(board.move_stack) == len(text[1:].split()) > 0
