@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mixtura.claims import _multilingual_runs as runs
 from mixtura.claims import multilingual_moe as claim
 from mixtura.core.gates import Routing
 
@@ -30,7 +31,7 @@ def test_tokens_without_a_place_are_counted_by_quarter_and_padding_is_not():
         encoder_routing=(routing([[0, 2, 1, 2], [2, 0, 2, 2]], 2),),  # index 2: no place, or padding
         decoder_routing=(routing([[2, 1, 2, 2], [0, 2, 2, 2]], 2),),
     )
-    drops = claim.Drops.none()
+    drops = runs.Drops.none()
     drops.add(out, {"attention_mask": mask, "labels": labels}, 4)
     assert drops.came.tolist() == [4, 3, 1, 1]
     assert drops.lost.tolist() == [2, 1, 0, 1]
@@ -38,9 +39,9 @@ def test_tokens_without_a_place_are_counted_by_quarter_and_padding_is_not():
 
 
 def test_arms_train_on_the_same_rows_and_are_measured_on_others():
-    sizes = claim.SIZES["smoke"]
-    data = claim._data(sizes, 0)
-    batch, again = data.train.batch_at(3), claim._data(sizes, 0).train.batch_at(3)
+    sizes = runs.SIZES["smoke"]
+    data = runs.load_data(sizes, 0)
+    batch, again = data.train.batch_at(3), runs.load_data(sizes, 0).train.batch_at(3)
     assert all(torch.equal(batch[name], again[name]) for name in batch)
     seen = {tuple(row.tolist()) for part in data.train.pairs.values() for row in part[1]}
     for held in (data.choose, data.test):
@@ -50,9 +51,9 @@ def test_arms_train_on_the_same_rows_and_are_measured_on_others():
 
 
 def test_dense_and_experts_differ_in_their_experts_alone():
-    sizes = claim.SIZES["smoke"]
-    data = claim._data(sizes, 0)
-    dense, experts = (claim._model(sizes, data, n, 0, "random").state_dict() for n in (0, sizes.experts))
+    sizes = runs.SIZES["smoke"]
+    data = runs.load_data(sizes, 0)
+    dense, experts = (runs.new_model(sizes, data, n, 0, "random").state_dict() for n in (0, sizes.experts))
     shared = set(dense) & set(experts)
     assert all(dense[name].shape == experts[name].shape for name in shared)
     assert {name for name in dense if name not in shared} == {
