@@ -49,7 +49,7 @@ class Size:
 
 SCALES: dict[Scale, Size] = {
     "smoke": Size(400, 256, 608, 1, 1, 2, 1),
-    "cpu": Size(528, 256, 768, 8, 10, 6, 6),
+    "cpu": Size(528, 256, 768, 16, 20, 6, 6),
     "gpu": Size(4096, 2048, 8192, 16, 20, 6, 8),
 }
 
