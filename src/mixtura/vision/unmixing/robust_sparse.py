@@ -191,8 +191,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         """Learn from one more block of pixels, such as some rows of a cube that is larger than memory.
 
         The first block is fitted as ``fit`` does, and should show all materials: draw it from all over the scene. A later one,
-        after ``fit`` as well, gets shares for the spectra that are known, and its sums join those of the blocks before it,
-        which count less the older they are, since their shares are of older spectra. Memory is that of a block.
+        after ``fit`` as well, gets shares for the spectra that are known, and its sums join those of the blocks before it.
+        Memory is that of a block.
 
         Parameters
         ----------
