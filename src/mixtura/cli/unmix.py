@@ -67,7 +67,7 @@ def unmix(
     variable: Annotated[str | None, typer.Option(help="Name of the cube within a .mat file.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the image, where a .mat file does not say.")] = None,
     lam: Annotated[
-        float | None, typer.Option(help="Sparsity: 0 for none, more for purer pixels. Default: 0.3 x channels / 180.")
+        float | None, typer.Option(help="Sparsity: 0 for none, more for purer pixels. Default: 0.1 x channels / 180.")
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="How strictly shares sum to one. Default: 4 x sqrt(channels / 180).")

@@ -44,7 +44,7 @@ LEARNING = 0.8  # share of the iterations in which it is learned
 PATIENCE = 10  # iterations over which J must fall by ``tol``
 SCALE_QUANTILE = 0.75  # of the channels' largest values: a quarter of them may be saturated
 TRANSFORM_STEPS = 50  # more follow the sparsity further from the data (tried on seeds 100 to 104)
-AUTO_LAM, AUTO_DELTA, AUTO_CHANNELS = 0.3, 4.0, 180  # tuned on synthetic scenes of 180 channels (seeds 100 to 104)
+AUTO_LAM, AUTO_DELTA, AUTO_CHANNELS = 0.1, 4.0, 180  # tuned on synthetic scenes of 180 channels (seeds 100 to 104)
 
 
 class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
@@ -56,7 +56,7 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         Materials, at least 2.
     lam : float or "auto", default="auto"
         Weight of the sparsity, >= 0, for pixels scaled to about 1 (done inside, so that units do not matter). "auto" is
-        0.3 L / 180: the squared error, too, is a sum over channels.
+        0.1 L / 180: the squared error, too, is a sum over channels.
     delta : float or "auto", default="auto"
         Weight of the sum to one, >= 0. "auto" is 4 sqrt(L / 180); several times that freezes the updates.
     robust : bool, default=True
@@ -68,7 +68,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
     sparseness : {"hoyer", "gini"}, default="hoyer"
         What the guidance map measures.
     init : {"vca-whitened", "vca", "nmf-random"}, default="vca-whitened"
-        Pixels that span the others after the noise of all channels was made equal, or before; or random spectra.
+        Pixels that span the others, without what is noise to all of them, after the noise of all channels was made equal, or
+        before; or random spectra.
         ``fit(M_init=..., A_init=...)`` goes before.
     clip_negative : bool, default=False
         Take negative values as 0 instead of refusing them.

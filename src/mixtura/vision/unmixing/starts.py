@@ -19,7 +19,16 @@ from mixtura.core.processes import ALONE, Processes
 from mixtura.vision.unmixing.constrained import fcls
 from mixtura.vision.unmixing.objective import FLOOR
 
-__all__ = ["estimate_count", "estimate_noise", "mixed", "second_moment", "starting_point", "vca", "whitening"]
+__all__ = [
+    "estimate_count",
+    "estimate_noise",
+    "mixed",
+    "second_moment",
+    "starting_point",
+    "vca",
+    "vca_spectra",
+    "whitening",
+]
 
 BLOCK = 8192
 START_SHARE = 1e-2  # mixed into the start: an update multiplies, and would keep a share of 0
@@ -88,6 +97,102 @@ def vca(
         >>> sorted(vca(X, 3).tolist())
         [5, 6, 7]
     """
+    return _vertices(X, k, seed, factors, processes)[0]
+
+
+def vca_spectra(
+    X: Any, k: int, *, seed: int = 0, factors: np.ndarray | None = None, processes: Processes = ALONE
+) -> np.ndarray:
+    """What vertex component analysis takes for the spectra: those pixels without what lies outside the signal's subspace.
+
+    The k axes of most power hold the signal (k - 1 axes of most spread where there is much noise) and a small share of the
+    noise, so that a spectrum is much nearer the material's than the pixel is. It may have values a little below 0.
+
+    Arguments as for :func:`vca`.
+
+    Returns:
+        Shape (k, L), float64, in the units of X.
+    Source:
+        Nascimento and Dias 2005, algorithm 1, its last lines.
+    Example:
+        >>> vca_spectra(np.repeat(np.eye(3), 5, axis=0), 3).round(9).sum(0).tolist()
+        [1.0, 1.0, 1.0]
+    """
+    return _vertices(X, k, seed, factors, processes)[1]
+
+
+def starting_point(
+    X: np.ndarray, m: int, init: str, *, seed: int, M_init: Any = None, A_init: Any = None, processes: Processes = ALONE
+) -> tuple[np.ndarray, np.ndarray]:
+    """Spectra in the units of X, shape (M, L), and shares of these pixels, (P, M), to start from; float64.
+
+    Args:
+        X: shape (P, L), this process's shard.
+        init: "vca-whitened", "vca" or "nmf-random".
+        M_init, A_init: what was given, checked here; shares are of the shard.
+    """
+    factors = None
+    with processes.together():
+        spectra = None if M_init is None else _checked("M_init", M_init, (m, X.shape[1]))
+        shares = None if A_init is None else _checked("A_init", A_init, (len(X), m))
+    if init == "vca-whitened" and (spectra is None or shares is None):
+        factors = whitening(X, moment=second_moment(X, processes=processes))
+    counts = [int(n) for n in processes.gather(torch.tensor([len(X)]))]
+    before = sum(counts[: processes.rank])
+    rng = np.random.default_rng(seed)
+    if spectra is None and init == "nmf-random":
+        mean_L = _total(X.sum(0, dtype=np.float64), processes) / sum(counts)
+        spectra = rng.uniform(0.1, 1.0, (m, X.shape[1])) * 2 * mean_L
+        if shares is None:
+            rng.bit_generator.advance(before * m)  # type: ignore[attr-defined]  # a number a share, shard after shard
+            shares = rng.uniform(0.1, 1.0, (len(X), m))
+            shares /= shares.sum(1, keepdims=True)
+    elif spectra is None:
+        mean_L = _total(X.sum(0, dtype=np.float64), processes) / sum(counts)
+        found = vca_spectra(X, m, seed=seed, factors=factors, processes=processes)
+        # An update multiplies, and would keep a value of 0: right in a blank channel only.
+        spectra = np.where(mean_L > 0, np.maximum(found, START_SHARE * mean_L), 0.0)
+    if shares is None:
+        shares = mixed(fcls(X, spectra, weights=None if factors is None else factors**2))
+    return spectra, shares.clip(FLOOR)
+
+
+def mixed(shares: Any) -> Any:
+    """Shares with a little of every endmember."""
+    return (1 - START_SHARE) * shares + START_SHARE / shares.shape[1]
+
+
+def estimate_count(X: Any) -> int:
+    """How many materials the pixels hold, by HySime: directions in which the signal has more power than the noise costs.
+
+    Spoiled channels look like signals of their own to it, so leave them out first.
+
+    Args:
+        X: shape (P, L), P well above L, white or coloured noise.
+    """
+    y_PL = np.asarray(X, dtype=np.float64)
+    s_LL = second_moment(y_PL)
+    trace = float(np.trace(s_LL)) / len(s_LL)
+    inverse_LL = np.linalg.inv(s_LL + EPSILON * trace * np.eye(len(s_LL)))
+    residual_PL = y_PL @ (inverse_LL / np.diag(inverse_LL))
+    noise_LL = np.diag((residual_PL**2).mean(0))
+    signal = y_PL - residual_PL
+    axes_LL = np.linalg.eigh(signal.T @ signal / len(y_PL))[1]
+    cost_L = -np.einsum("li,lm,mi->i", axes_LL, s_LL, axes_LL) + 2 * np.einsum(
+        "li,lm,mi->i", axes_LL, noise_LL, axes_LL
+    )
+    return int((cost_L < 0).sum())
+
+
+def _blocks(X: Any) -> Iterator[np.ndarray]:
+    for start in range(0, len(X), BLOCK):
+        yield np.asarray(X[start : start + BLOCK], dtype=np.float64)
+
+
+def _vertices(
+    X: Any, k: int, seed: int, factors: np.ndarray | None, processes: Processes
+) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of :func:`vca` and spectra of :func:`vca_spectra`."""
     L = X.shape[1]
     counts = [int(n) for n in processes.gather(torch.tensor([len(X)]))]
     P, before = sum(counts), sum(counts[: processes.rank])
@@ -129,73 +234,11 @@ def vca(
         reach_P[[at - before for at in chosen if 0 <= at - before < len(X)]] = -1.0
         chosen.append(_furthest(reach_P, before, processes))
         found_KK[:, i] = _rows(z_PK, chosen[-1:], before, processes)[0]
-    return np.array(chosen)
-
-
-def starting_point(
-    X: np.ndarray, m: int, init: str, *, seed: int, M_init: Any = None, A_init: Any = None, processes: Processes = ALONE
-) -> tuple[np.ndarray, np.ndarray]:
-    """Spectra in the units of X, shape (M, L), and shares of these pixels, (P, M), to start from; float64.
-
-    Args:
-        X: shape (P, L), this process's shard.
-        init: "vca-whitened", "vca" or "nmf-random".
-        M_init, A_init: what was given, checked here; shares are of the shard.
-    """
-    factors = None
-    with processes.together():
-        spectra = None if M_init is None else _checked("M_init", M_init, (m, X.shape[1]))
-        shares = None if A_init is None else _checked("A_init", A_init, (len(X), m))
-    if init == "vca-whitened" and (spectra is None or shares is None):
-        factors = whitening(X, moment=second_moment(X, processes=processes))
-    counts = [int(n) for n in processes.gather(torch.tensor([len(X)]))]
-    before = sum(counts[: processes.rank])
-    rng = np.random.default_rng(seed)
-    if spectra is None and init == "nmf-random":
-        mean_L = _total(X.sum(0, dtype=np.float64), processes) / sum(counts)
-        spectra = rng.uniform(0.1, 1.0, (m, X.shape[1])) * 2 * mean_L
-        if shares is None:
-            rng.bit_generator.advance(before * m)  # type: ignore[attr-defined]  # a number a share, shard after shard
-            shares = rng.uniform(0.1, 1.0, (len(X), m))
-            shares /= shares.sum(1, keepdims=True)
-    elif spectra is None:
-        at = vca(X, m, seed=seed, factors=factors, processes=processes)
-        spectra = _rows(X, at, before, processes)
-    if shares is None:
-        shares = mixed(fcls(X, spectra, weights=None if factors is None else factors**2))
-    return spectra, shares.clip(FLOOR)
-
-
-def mixed(shares: Any) -> Any:
-    """Shares with a little of every endmember."""
-    return (1 - START_SHARE) * shares + START_SHARE / shares.shape[1]
-
-
-def estimate_count(X: Any) -> int:
-    """How many materials the pixels hold, by HySime: directions in which the signal has more power than the noise costs.
-
-    Spoiled channels look like signals of their own to it, so leave them out first.
-
-    Args:
-        X: shape (P, L), P well above L, white or coloured noise.
-    """
-    y_PL = np.asarray(X, dtype=np.float64)
-    s_LL = second_moment(y_PL)
-    trace = float(np.trace(s_LL)) / len(s_LL)
-    inverse_LL = np.linalg.inv(s_LL + EPSILON * trace * np.eye(len(s_LL)))
-    residual_PL = y_PL @ (inverse_LL / np.diag(inverse_LL))
-    noise_LL = np.diag((residual_PL**2).mean(0))
-    signal = y_PL - residual_PL
-    axes_LL = np.linalg.eigh(signal.T @ signal / len(y_PL))[1]
-    cost_L = -np.einsum("li,lm,mi->i", axes_LL, s_LL, axes_LL) + 2 * np.einsum(
-        "li,lm,mi->i", axes_LL, noise_LL, axes_LL
-    )
-    return int((cost_L < 0).sum())
-
-
-def _blocks(X: Any) -> Iterator[np.ndarray]:
-    for start in range(0, len(X), BLOCK):
-        yield np.asarray(X[start : start + BLOCK], dtype=np.float64)
+    at = np.array(chosen)
+    shown_KL = _rows(X, at, before, processes) * f_L
+    if high:
+        return at, shown_KL @ axes_LK @ axes_LK.T / f_L
+    return at, ((shown_KL - mean_L) @ spread_LK[:, : k - 1] @ spread_LK[:, : k - 1].T + mean_L) / f_L
 
 
 def _checked(name: str, values: Any, shape: tuple[int, int]) -> np.ndarray:
