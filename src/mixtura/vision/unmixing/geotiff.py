@@ -182,7 +182,7 @@ def _wavelengths(source: Any) -> np.ndarray | None:
             value = tags.get("wavelength")
             unit = MICROMETRES.get(str(tags.get("wavelength_units", "")).lower(), 1.0)
         try:
-            found.append(float(value) * unit)
-        except (TypeError, ValueError):
+            found.append(float(value or "none") * unit)
+        except ValueError:
             return None
     return np.array(found)
