@@ -17,6 +17,7 @@ import numpy as np
 __all__ = ["Place", "PlacedMaps", "Raster", "open_raster", "place_of", "write_maps"]
 
 MISSING = "GeoTIFF needs the package rasterio; install it with: pip install 'mixtura[geotiff]'"
+LEAST_CACHE = 64 << 20  # bytes
 MICROMETRES = {"nanometers": 1e-3, "nanometer": 1e-3, "nm": 1e-3, "micrometers": 1.0, "um": 1.0, "µm": 1.0}
 
 
@@ -53,12 +54,16 @@ class Raster:
 
     def __getitem__(self, rows: slice) -> np.ndarray:
         """Rows, (h, W, L)."""
+        import rasterio
         from rasterio.errors import RasterioError
         from rasterio.windows import Window
 
         start, stop, _ = rows.indices(self.shape[0])
+        # GDAL keeps what it decoded up to a twentieth of the memory; two pieces are all that rows in turn need.
+        piece = self.rows_together * self.shape[1] * self.shape[2] * self.dtype.itemsize
         try:
-            found = self._source.read(window=Window(0, start, self.shape[1], stop - start))
+            with rasterio.Env(GDAL_CACHEMAX=max(LEAST_CACHE, 2 * piece)):
+                found = self._source.read(window=Window(0, start, self.shape[1], stop - start))
         except RasterioError as error:
             raise ValueError(f"{self._name}: rows {start} to {stop - 1} cannot be read; the file is damaged") from error
         return np.moveaxis(found, 0, -1)
