@@ -12,6 +12,7 @@ Source: 2109.10465, sec. 3.1 (multi-dimensional parallelism), table of the forms
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -74,6 +75,8 @@ def shard(model: nn.Module, data: DeviceMesh, **options: Any) -> None:
         data: one axis named ``data``, of the processes that hold other rows each.
         options: for ``fully_shard``.
     """
+    # Nothing here changes an output in place, which FSDP fears wherever one is a view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     rest: dict[str, Any] = {
         "mesh": data,
         "ignored_params": {p for p, rule in expert_rules(model).items() if rule.copies == 1},
@@ -88,7 +91,6 @@ def shard(model: nn.Module, data: DeviceMesh, **options: Any) -> None:
             if getattr(getattr(block, "gate", None), "reads_experts", False):
                 # Gradients of a unit travel when its backward pass is over, and here that of the gate brings some, too.
                 unit = block
-                block.register_forward_hook(lambda module, args, output: output.clone())  # FSDP warns of views
                 for child in block.children():
                     if child is not experts and next(child.parameters(), None) is not None:
                         fully_shard(child, **rest)
