@@ -122,6 +122,24 @@ def test_processes_with_different_encoders_are_refused(encoder, tmp_path):
     mp.start_processes(_different, args=(tmp_path / "meet", encoder), nprocs=2, start_method="fork")
 
 
+def _left_alone(rank, meet, path, encoder):
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    with EncodingTeam(encoder) as team:
+        if not team.leads:
+            return
+        index = SearchIndex(path, encoder, create=True, team=team)
+        with pytest.raises(OSError, match="one of the processes that encode together is gone"):
+            index.add(documents(150), "notes")
+
+
+def test_a_process_that_is_gone_is_named_and_the_work_goes_on_alone(encoder, tmp_path):
+    args = (tmp_path / "meet", tmp_path / "two", encoder)
+    mp.start_processes(_left_alone, args, nprocs=2, start_method="fork")
+    alone(tmp_path / "two", encoder)
+    alone(tmp_path / "one", encoder)
+    same(contents(tmp_path / "one", encoder), contents(tmp_path / "two", encoder))
+
+
 def _command(rank, port, folder):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

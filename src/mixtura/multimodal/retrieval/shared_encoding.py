@@ -10,8 +10,8 @@ What travels is JSON and numbers, over gloo, also where the encoders sit on GPUs
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from types import TracebackType
 
@@ -77,21 +77,31 @@ class EncodingTeam:
                 dist.broadcast(torch.tensor([END]), 0, group=self.group)
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of texts, shape (texts, D), float16; called by the leader while the others :meth:`serve`."""
+        """Embeddings of texts, shape (texts, D), float16; called by the leader while the others :meth:`serve`.
+
+        Raises:
+            OSError: one of the others is gone.
+        """
         sent = torch.frombuffer(bytearray(json.dumps(list(texts)).encode()), dtype=torch.uint8)
-        dist.broadcast(torch.tensor([len(sent)]), 0, group=self.group)
-        dist.broadcast(sent, 0, group=self.group)
+        with _together():
+            dist.broadcast(torch.tensor([len(sent)]), 0, group=self.group)
+            dist.broadcast(sent, 0, group=self.group)
         return self._shares(texts)
 
     def serve(self) -> None:
-        """Encode what the leader sends, until it is done."""
+        """Encode what the leader sends, until it is done.
+
+        Raises:
+            OSError: the leader is gone.
+        """
         while True:
             size = torch.empty(1, dtype=torch.int64)
-            dist.broadcast(size, 0, group=self.group)
-            if int(size) == END:
-                return
-            came = torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(came, 0, group=self.group)
+            with _together():
+                dist.broadcast(size, 0, group=self.group)
+                if int(size) == END:
+                    return
+                came = torch.empty(int(size), dtype=torch.uint8)
+                dist.broadcast(came, 0, group=self.group)
             self._shares(json.loads(came.numpy().tobytes()))
 
     def _shares(self, texts: Sequence[str]) -> np.ndarray:
@@ -103,9 +113,21 @@ class EncodingTeam:
             own[place, : len(batch)] = encode_half(self.encoder, batch)
         bits = torch.from_numpy(own.view(np.uint8))
         parts = [torch.empty_like(bits) for _ in range(self.world)] if self.leads else None
-        dist.gather(bits, parts, 0, group=self.group)
+        with _together():
+            dist.gather(bits, parts, 0, group=self.group)
         if parts is None:
             return np.zeros((0, width), dtype=np.float16)
         # Batch i is the (i // world)-th of rank i % world.
         whole = np.stack([part.numpy().view(np.float16) for part in parts], 1)
         return whole.reshape(-1, width)[: len(texts)]
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise OSError(
+            f"one of the processes that encode together is gone ({error}); "
+            "what was kept lasts, and the same command goes on from there"
+        ) from error
