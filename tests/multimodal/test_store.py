@@ -127,6 +127,21 @@ def test_a_document_broken_off_in_the_middle_is_read_again(folder, encoder, monk
     assert index.n_passages == 3 + len(list(first.passages()))
 
 
+def test_a_full_disk_stops_the_run_and_is_not_taken_for_a_document_that_cannot_be_read(folder, encoder, monkeypatch):
+    monkeypatch.setattr(store, "BATCH", 1)
+    monkeypatch.setattr(pending, "SAVE", 1)
+    index = SearchIndex(folder.parent / "index", encoder, create=True)
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "atomic_file", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            index.add(documents_of(folder), str(folder))
+    assert index.add(documents_of(folder), str(folder)).added == 3 and index.n_passages == 3
+
+
 def test_a_kill_in_the_middle_leaves_the_index_as_it_was(folder, encoder):
     index, _ = indexed(folder, encoder)
     (folder / "new.txt").write_text("new text")

@@ -65,7 +65,7 @@ class DenseIndex:
             is zero was empty and is never found.
         block: documents at a time, at most; bounds the memory, not the result.
         backend: ``torch`` and ``faiss`` are exact and agree; ``faiss-cells`` is approximate: vectors are put into cells and
-            coded when the first question comes, which takes minutes for millions, and a search looks into a sixteenth of them
+            coded when the first question comes, which takes minutes for millions, and a search looks into some of them
             (:class:`~mixtura.multimodal.retrieval.faiss_search.CellIndex`). ``auto`` takes faiss where it is installed, exactly
             up to 5,000,000 documents and by cells beyond.
     Attributes:
