@@ -17,7 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,7 +31,7 @@ from mixtura.core.progress import bar
 from mixtura.multimodal.retrieval.encoder import TextEncoder
 from mixtura.multimodal.retrieval.exact_search import merge_best
 from mixtura.multimodal.retrieval.index import DenseIndex, Found, fuse
-from mixtura.multimodal.retrieval.passages import Document, NotText, Passage
+from mixtura.multimodal.retrieval.passages import Document, Unreadable, readable_passages
 from mixtura.multimodal.retrieval.pending import Pending, Row
 from mixtura.multimodal.retrieval.shared_encoding import BATCH, EncodingTeam, encode_half
 from mixtura.multimodal.retrieval.word_search import by_words
@@ -311,9 +311,9 @@ class SearchIndex:
         )
         number, before = int(cursor.lastrowid or 0), pending.total
         try:
-            for passage in _read(document):
+            for passage in readable_passages(document):
                 pending.put(number, passage)
-        except _UnreadableError as error:
+        except Unreadable as error:
             pending.drop(number)
             self._forget(number)
             _note(done, document.name, str(error))
@@ -436,17 +436,6 @@ class SearchIndex:
         if best is None:
             return Found(np.zeros((1, 0), np.float32), np.zeros((1, 0), np.int64))
         return Found(best[0].numpy(), best[1].numpy())
-
-
-class _UnreadableError(Exception):
-    """A document cannot be read; apart from errors of what is done with its passages, such as a full disk."""
-
-
-def _read(document: Document) -> Iterator[Passage]:
-    try:
-        yield from document.passages()
-    except (NotText, OSError) as error:
-        raise _UnreadableError(str(error)) from error
 
 
 def _note(done: Added, name: str, reason: str) -> None:
