@@ -52,7 +52,8 @@ def faiss_search(parts: Parts, queries: Tensor, k: int, *, block: int) -> Best:
             rows = part.numpy() if len(there) == len(part) else part.numpy()[there]
             found = min(k, len(rows))
             scores, at = faiss.knn(queries.numpy(), rows, found, metric=faiss.METRIC_INNER_PRODUCT)
-            best = merge_best(best, (torch.from_numpy(scores), torch.from_numpy(there[at] + first)), k)
+            near = torch.from_numpy(scores), torch.from_numpy(there[at] + first)
+            best = merge_best(best, near, k) if best[0].shape[1] else near
     return best
 
 
