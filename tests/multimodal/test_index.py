@@ -30,6 +30,8 @@ def test_it_is_brute_force_and_blocks_change_nothing(vectors, exact):
     x, q = vectors
     order = np.argsort(-(q @ x.T), axis=1)[:, :7]
     whole, blocked = (DenseIndex(x, block=n, backend=exact).search(q, 7) for n in (1000, 37))
+    few = DenseIndex(x, backend=exact).search(q[:3], 7)  # faiss takes another way for a few
+    assert np.array_equal(few.rows, order[:3])
     assert np.array_equal(whole.rows, order) and np.array_equal(blocked.rows, order)
     np.testing.assert_allclose(whole.scores, np.take_along_axis(q @ x.T, order, 1), rtol=1e-5, atol=1e-5)
 
@@ -82,6 +84,16 @@ def test_auto_takes_faiss_where_it_is_and_cells_beyond_five_million(vectors, mon
     assert DenseIndex(x).backend == "torch"
     with pytest.raises(ImportError, match="backend='faiss': faiss is not installed: pip install faiss-cpu"):
         DenseIndex(x, backend="faiss")
+
+
+def test_settings_of_faiss_are_the_callers_again_after_a_search(vectors):
+    backend_or_skip("faiss")
+    import faiss
+
+    x, q = vectors
+    before = faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold
+    DenseIndex(x, backend="faiss").search(q, 2)
+    assert (faiss.omp_get_max_threads(), faiss.cvar.distance_compute_blas_threshold) == before
 
 
 def test_cells_find_nearly_what_brute_force_finds_with_exact_scores():
