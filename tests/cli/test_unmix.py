@@ -1,6 +1,7 @@
 """``mixtura unmix``: a cube in; maps, spectra, weights, pictures and a report out; errors of one line."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -57,6 +58,43 @@ def test_a_cube_becomes_maps_spectra_weights_pictures_and_a_report(here, folder,
     for name in ("material-1", "material-2", "material-3", "guidance", "unmixed"):
         assert (maps / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "spoiled channels, which hardly count" in done.stdout
+
+
+def test_maps_of_a_geotiff_lie_where_it_lies(here, folder, scene):  # noqa: F811
+    rasterio = pytest.importorskip("rasterio", reason="needs rasterio: pip install rasterio")
+    where = {"crs": "EPSG:32632", "transform": rasterio.Affine(30, 0, 500_000, 0, -30, 5_000_000)}
+    form = {"driver": "GTiff", "height": 30, "width": 40, "count": 90, "dtype": "float32", "nodata": -1}
+    data = scene.cube.copy()
+    data[2, 3] = -1
+    with rasterio.open(folder / "valley.tif", "w", **form, **where) as target:
+        target.write(np.moveaxis(data, -1, 0))
+    done = here("unmix", "valley.tif", *QUICK, "--out", "maps", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "1 pixels hold no data (value -1)" in done.stdout
+    for name in ("abundances", "guidance"):
+        values = np.load(folder / "maps" / f"{name}.npy").reshape(30, 40, -1)
+        with rasterio.open(folder / "maps" / f"{name}.tif") as found:
+            np.testing.assert_array_equal(np.moveaxis(found.read(), 0, -1), values)
+            assert found.transform == where["transform"] and found.crs.to_epsg() == 32632
+            assert found.descriptions == (
+                ("guidance",) if name == "guidance" else tuple(f"material {i}" for i in (1, 2, 3))
+            )
+        assert np.argwhere(np.isnan(values).any(-1)).tolist() == [[2, 3]]
+    assert "abundances.tif, guidance.tif" in (folder / "maps" / "report.md").read_text()
+
+
+def test_without_rasterio_a_geotiff_is_one_line_and_an_envi_cube_loses_its_place_aloud(here, folder, monkeypatch):  # noqa: F811
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+    (folder / "valley.tif").write_bytes(b"II*")
+    done = here("unmix", "valley.tif", *QUICK, cwd=folder)
+    assert done.returncode == 1 and "pip install 'mixtura[geotiff]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    header = folder / "cube.hdr"
+    header.write_text(header.read_text() + "map info = {UTM, 1, 1, 500000, 5000000, 30, 30, 32, North, WGS-84}\n")
+    done = here("unmix", "cube.hdr", *QUICK, "--steps", 2, "--out", "maps", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "map info) is not carried over: that needs rasterio" in done.stdout
+    assert not (folder / "maps" / "abundances.tif").exists()
 
 
 def test_a_batch_goes_on_past_a_bad_cube_and_says_which(here, folder):  # noqa: F811

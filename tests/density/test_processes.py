@@ -20,7 +20,7 @@ import torch.distributed as dist
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 from mixtura.density import GaussianMixture, select_components
-from mixtura.density.processes import join
+from mixtura.core.processes import join
 
 folder, cuts = Path(sys.argv[1]), [int(c) for c in sys.argv[2].split(",")]
 everything = np.load(folder / "x.npz")

@@ -93,7 +93,7 @@ sys.path.insert(0, sys.argv[1])
 from gated_cases import two_lines
 from mixtura.core.checkpoint import write_json
 from mixtura.density.gated_law import GateRule
-from mixtura.density.processes import join
+from mixtura.core.processes import join
 from mixtura.density.rates import fit_near, rate_experiment
 from mixtura.density.voronoi import voronoi_loss
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from dataclasses import dataclass
@@ -55,7 +56,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def unmix(
-    cubes: Annotated[list[Path], typer.Argument(help="Cubes: ENVI header (.hdr), MATLAB (.mat) or NumPy (.npy).")],
+    cubes: Annotated[
+        list[Path], typer.Argument(help="Cubes: ENVI header (.hdr), GeoTIFF (.tif), MATLAB (.mat) or NumPy (.npy).")
+    ],
     endmembers: Annotated[int, typer.Option(help="How many materials to look for.")],
     out: Annotated[
         Path | None,
@@ -64,7 +67,7 @@ def unmix(
     variable: Annotated[str | None, typer.Option(help="Name of the cube within a .mat file.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the image, where a .mat file does not say.")] = None,
     lam: Annotated[
-        float | None, typer.Option(help="Sparsity: 0 for none, more for purer pixels. Default: 0.3 x channels / 180.")
+        float | None, typer.Option(help="Sparsity: 0 for none, more for purer pixels. Default: 0.1 x channels / 180.")
     ] = None,
     delta: Annotated[
         float | None, typer.Option(help="How strictly shares sum to one. Default: 4 x sqrt(channels / 180).")
@@ -92,10 +95,14 @@ def unmix(
 
     Writes a directory: abundances.npy (rows, columns, materials), guidance.npy (how pure each pixel is), endmembers.csv (the
     spectra), channels.csv (weight of each channel), a map of each material, unmixed.png (all of it in one picture), report.md.
+    Where the cube says where it lies on the earth (GeoTIFF, or ENVI's map info), abundances.tif and guidance.tif say so as
+    well; that needs rasterio: pip install 'mixtura[geotiff]'.
 
     Examples:
 
         mixtura unmix cube.hdr --endmembers 4 --out maps
+
+        mixtura unmix valley.tif --endmembers 5 --out valley-maps
 
         mixtura unmix samson.mat --endmembers 3 --rows 95
 
@@ -197,6 +204,8 @@ def _one(path: Path, place: Path, choices: Choices, *, dry_run: bool, say: Any, 
             f"{cube.rows_a_block()} rows, and write {place}"
         )
         return
+    if "map info" in cube.meta and cube.place is None:
+        say("where it lies (map info) is not carried over: that needs rasterio, pip install 'mixtura[geotiff]'")
     began = time.perf_counter()
     cube, seen = _surveyed(cube, choices, say)
     model = SpectralUnmixing(choices.endmembers, clip_negative=True, **choices.options)
@@ -258,6 +267,7 @@ def _write_maps(folder: Path, cube: Cube, model: SpectralUnmixing) -> Maps:
     """Write abundances and guidance, block by block, and keep what the pictures need."""
     import numpy as np
 
+    from mixtura.vision.unmixing.geotiff import PlacedMaps, write_maps
     from mixtura.vision.unmixing.whole_cube import unmix_blocks
 
     h, w, _ = cube.shape
@@ -265,15 +275,24 @@ def _write_maps(folder: Path, cube: Cube, model: SpectralUnmixing) -> Maps:
     step = -(-max(h, w) // LARGEST_PICTURE)
     thin: list[tuple[np.ndarray, np.ndarray]] = []
     total, most, unmixed = np.zeros(m), np.zeros(m, dtype=np.int64), 0
-    with (folder / "abundances.npy").open("wb") as shares_file, (folder / "guidance.npy").open("wb") as guide_file:
+    with contextlib.ExitStack() as files:
+        shares_file, guide_file = (
+            files.enter_context((folder / f"{name}.npy").open("wb")) for name in ("abundances", "guidance")
+        )
         for file, shape in ((shares_file, (h, w, m)), (guide_file, (h, w))):
             form = {"descr": "<f4", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, form)
+        placed: list[PlacedMaps] = []
+        if cube.place is not None:
+            for name, bands in (("abundances", [f"material {i + 1}" for i in range(m)]), ("guidance", ["guidance"])):
+                placed.append(files.enter_context(write_maps(folder / f"{name}.tif", (h, w), bands, cube.place)))
 
         def keep(rows: slice, shares: np.ndarray, guide: np.ndarray) -> None:
             nonlocal unmixed
             shares.astype("<f4").tofile(shares_file)
             guide.astype("<f4").tofile(guide_file)
+            for maps, values in zip(placed, (shares, guide[:, :, None]), strict=False):
+                maps.write(rows, values)
             first = -rows.start % step
             thin.append((shares[first::step, ::step], guide[first::step, ::step]))
             known = np.isfinite(guide)

@@ -112,6 +112,7 @@ def report_lines(
         "|---|---|",
         "| abundances.npy | shares, (rows, columns, materials), float32, sum 1; NaN where a pixel was left out |",
         "| guidance.npy | how pure each pixel is, (rows, columns), 0 even to 0.9 pure |",
+        *(["| abundances.tif, guidance.tif | the same as GeoTIFF, where the cube lies |"] if cube.place else []),
         "| endmembers.csv | spectra in the units of the cube, a row a channel |",
         "| channels.csv | weight of each channel, what was found, what the header says |",
         "| material-N.png, guidance.png | maps, white at 1 |",

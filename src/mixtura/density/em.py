@@ -19,10 +19,10 @@ from torch import Tensor
 
 from mixtura.core.gaussian import Covariance, Gaussians, LostRank
 from mixtura.core.natural_form import Frame, Pass
+from mixtura.core.processes import ALONE, Processes
 from mixtura.core.progress import bar
 from mixtura.core.sufficient import Statistics, maximise
 from mixtura.density.missing import GapPass
-from mixtura.density.processes import ALONE, Processes
 from mixtura.density.sources import Source
 
 __all__ = ["Collapsed", "Fit", "Samples", "Sweep", "assess", "expect", "fit_em", "improve", "lost_rank"]

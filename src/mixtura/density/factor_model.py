@@ -26,9 +26,9 @@ from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.gaussian import LOG_2PI
 from mixtura.core.keeping import Keeping
+from mixtura.core.processes import ALONE, Processes, join
 from mixtura.core.sufficient import Statistics
 from mixtura.density.inputs import as_source, device_of
-from mixtura.density.processes import ALONE, Processes, join
 from mixtura.density.sources import Checked, Source
 
 __all__ = ["FactorModel", "Factors", "Posterior", "closed_form", "diagonal_form", "parallel_analysis"]

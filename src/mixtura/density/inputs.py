@@ -14,10 +14,10 @@ import torch
 
 from mixtura.core.gaussian import COVARIANCES, Covariance
 from mixtura.core.natural_form import block_rows
+from mixtura.core.processes import Processes
 from mixtura.data.tables import text_problem
 from mixtura.density.em import Samples
 from mixtura.density.labels import Classes, as_labels, map_classes
-from mixtura.density.processes import Processes
 from mixtura.density.sources import Arrays, Source, Summary, merge, open_source, scan
 
 __all__ = [

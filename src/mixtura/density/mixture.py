@@ -25,11 +25,11 @@ from sklearn.utils.validation import check_is_fitted
 from mixtura.core.gaussian import Gaussians
 from mixtura.core.keeping import Keeping
 from mixtura.core.natural_form import Frame, block_rows
+from mixtura.core.processes import join
 from mixtura.density.criteria import criteria
 from mixtura.density.em import Fit, Samples, Sweep, fit_em
 from mixtura.density.inputs import Given, as_source, check_parameters, device_of, dtype_of, prepare
 from mixtura.density.labels import Classes, as_labels
-from mixtura.density.processes import join
 from mixtura.density.sources import Checked, merge
 from mixtura.density.starts import start_mixture
 from mixtura.density.stream import Stream, begin, implied_statistics, proceed

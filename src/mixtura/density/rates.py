@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from mixtura.core.checkpoint import read_json, write_json
+from mixtura.core.processes import Processes, join
 from mixtura.core.progress import bar
 from mixtura.density.gated_em import Box, Given, fit_em
 from mixtura.density.gated_law import GateRule, Layout, Pairs, Parts, evaluate, gate_logits
 from mixtura.density.gated_law import chosen as choose
 from mixtura.density.gated_polish import polish
-from mixtura.density.processes import Processes, join
 from mixtura.density.voronoi import MixingMeasure
 
 __all__ = ["Fits", "RateResult", "Truth", "fit_near", "measured_rates", "rate_experiment", "total_variation"]

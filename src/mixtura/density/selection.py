@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mixtura.core.gaussian import Gaussians
 from mixtura.core.natural_form import Frame
+from mixtura.core.processes import ALONE, join
 from mixtura.core.progress import progress
 from mixtura.density.criteria import CRITERIA, criteria
 from mixtura.density.em import Collapsed, Fit, Samples, Sweep, fit_em
 from mixtura.density.inputs import Given, check_parameters, prepare, subsample
 from mixtura.density.mixture import GaussianMixture
-from mixtura.density.processes import ALONE, join
 from mixtura.density.sources import Arrays
 from mixtura.density.split_and_merge import split_component
 from mixtura.density.starts import start_mixture

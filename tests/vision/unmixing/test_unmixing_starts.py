@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from mixtura.vision.unmixing.scores import abundance_rmse, match_endmembers, sad, spectral_angles
-from mixtura.vision.unmixing.starts import estimate_count, estimate_noise, vca, whitening
+from mixtura.vision.unmixing.starts import (
+    estimate_count,
+    estimate_noise,
+    starting_point,
+    vca,
+    vca_spectra,
+    whitening,
+)
 
 
 def mixture(k: int = 4, pixels: int = 3000, channels: int = 40, noise: float = 0.0, seed: int = 0):
@@ -29,6 +36,32 @@ def test_vca_in_much_noise_takes_the_other_projection_and_finds_spectra_near_the
     angles = spectral_angles(X[vca(X, 4)], spectra)
     # 40 channels of noise of half the spread turn even a pure pixel by about 0.45.
     assert len(set(vca(X, 4))) == 4 and angles.min(0).mean() < 0.75
+
+
+@pytest.mark.parametrize("noise", [0.02, 0.3])
+def test_vca_spectra_are_its_pixels_within_the_signals_subspace_and_nearer_the_truth_for_it(noise: float):
+    X, spectra, _ = mixture(noise=noise, seed=3)
+    factors = np.random.default_rng(1).uniform(0.5, 2, 40)
+    at = vca(X, 4, factors=factors)
+    Y = X * factors
+    # Much noise: axes of the spread around the mean, one fewer; else those of the power.
+    centre, n = (Y.mean(0), 3) if noise == 0.3 else (np.zeros(40), 4)
+    axes = np.linalg.svd(Y - centre, full_matrices=False)[2][:n]
+    want = (centre + (Y[at] - centre) @ axes.T @ axes) / factors
+    found = vca_spectra(X, 4, factors=factors)
+    np.testing.assert_allclose(found, want, atol=1e-9)
+    of_pixels, of_spectra = (spectral_angles(x, spectra).min(0).mean() for x in (X[at], found))
+    assert of_spectra < 0.7 * of_pixels
+
+
+def test_the_start_is_what_vca_takes_for_spectra_and_holds_no_zero_that_would_stay():
+    X, _, _ = mixture(noise=0.1, seed=4)
+    X = X.clip(0)
+    X[:, 5] = 0.0
+    factors = whitening(X)
+    spectra, shares = starting_point(X, 4, "vca-whitened", seed=0)
+    np.testing.assert_allclose(spectra, np.maximum(vca_spectra(X, 4, factors=factors), 0.01 * X.mean(0)), atol=1e-12)
+    assert (spectra[:, np.arange(40) != 5] > 0).all() and (spectra[:, 5] == 0).all() and (shares > 0).all()
 
 
 def test_brightness_of_a_pixel_does_not_make_it_pure():

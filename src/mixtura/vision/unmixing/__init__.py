@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from mixtura.vision.unmixing.cubes import Cube, read_cube
     from mixtura.vision.unmixing.robust_sparse import SpectralUnmixing
     from mixtura.vision.unmixing.scores import abundance_rmse, match_endmembers, sad, spectral_angles
-    from mixtura.vision.unmixing.starts import estimate_count, estimate_noise, vca, whitening
+    from mixtura.vision.unmixing.starts import estimate_count, estimate_noise, vca, vca_spectra, whitening
 
 __all__ = [
     "Cube",
@@ -25,6 +25,7 @@ __all__ = [
     "spectral_angles",
     "sunsal",
     "vca",
+    "vca_spectra",
     "whitening",
 ]
 
@@ -33,7 +34,7 @@ _MODULES = {
     "cubes": ("Cube", "read_cube"),
     "robust_sparse": ("SpectralUnmixing",),
     "scores": ("abundance_rmse", "match_endmembers", "sad", "spectral_angles"),
-    "starts": ("estimate_count", "estimate_noise", "vca", "whitening"),
+    "starts": ("estimate_count", "estimate_noise", "vca", "vca_spectra", "whitening"),
 }
 
 __getattr__ = lazy_names(

@@ -98,7 +98,7 @@ def fcls(X: Any, endmembers: Any, *, weights: Any = None) -> np.ndarray:
     gram_MM = e_ML @ e_ML.T
     stiff = gram_MM.diagonal().mean().clamp(min=1e-300)
     one = torch.ones(len(e_ML), dtype=torch.float64)
-    parts = []
+    parts = [torch.empty(0, len(e_ML), dtype=torch.float64)]  # of no pixels, no shares
     for y_PL in _blocks(X):
         y_PL = (y_PL - centre_L) * w_L
         b_PM, yy_P = y_PL @ e_ML.T, y_PL.square().sum(1)

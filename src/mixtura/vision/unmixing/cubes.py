@@ -1,7 +1,7 @@
 """Hyperspectral cubes from disk, without reading more of them than is asked for.
 
-ENVI (a header beside a raw file of any interleave), MATLAB (.mat), NumPy (.npy). ENVI and NumPy files stay on disk and are read
-by rows; a .mat file is read whole.
+ENVI (a header beside a raw file of any interleave), GeoTIFF, MATLAB (.mat), NumPy (.npy). All but .mat files stay on disk and
+are read by rows; a .mat file is read whole.
 
 Shapes: H rows, W columns, L channels.
 """
@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 
+from mixtura.vision.unmixing.geotiff import Place, Raster, open_raster, place_of
+
 __all__ = ["Cube", "read_cube"]
 
-SUFFIXES = (".hdr", ".mat", ".npy")
+SUFFIXES = (".hdr", ".tif", ".tiff", ".mat", ".npy")
 RAW_SUFFIXES = ("", ".img", ".dat", ".raw", ".bin", ".bsq", ".bil", ".bip", ".sli")
 AXES = {
     "bsq": ("bands", "lines", "samples"),
@@ -30,6 +32,7 @@ DTYPES = {"1": "u1", "2": "i2", "3": "i4", "4": "f4", "5": "f8", "12": "u2", "13
 MAT_NAMES = ("Y", "V", "cube", "data", "hypercube", "img", "image", "X")
 MAT_ROWS, MAT_COLUMNS = ("nRow", "nrow", "Lines", "lines", "H"), ("nCol", "ncol", "Columns", "columns", "W")
 BLOCK_BYTES = 32 << 20  # of float32: what is in memory at once
+MOST_BLOCKS = 8  # times that, where a file keeps so many rows in one piece
 MICROMETRES = {"nanometers": 1e-3, "nanometer": 1e-3, "nm": 1e-3, "angstroms": 1e-4}
 
 
@@ -38,22 +41,24 @@ class Cube:
     """A cube on disk or in memory.
 
     Attributes:
-        data: array or memory map of shape (H, W, L), in whatever type and order it has.
+        data: array, memory map or raster file of shape (H, W, L), in whatever type and order it has.
         wavelengths: shape (L,), micrometres where the file says the unit; None where it has none.
         bad_bands: shape (L,), boolean: channels that the file calls bad. They are flagged and kept.
         ignore: value that stands for "no data", or None.
         meta: the header, or the names in the file.
         name: of the file.
         dead: shape (L,), boolean: channels to hand out as 0, whatever they hold.
+        place: where it lies on the earth, or None.
     """
 
-    data: np.ndarray
+    data: np.ndarray | Raster
     wavelengths: np.ndarray | None = None
     bad_bands: np.ndarray | None = None
     ignore: float | None = None
     meta: Mapping[str, Any] = field(default_factory=dict)
     name: str = "cube"
     dead: np.ndarray | None = None
+    place: Place | None = None
 
     def __post_init__(self) -> None:
         if self.data.ndim != 3 or 0 in self.data.shape:
@@ -71,9 +76,12 @@ class Cube:
         return h, w, channels
 
     def rows_a_block(self) -> int:
-        """How many rows are read at once: about 32 MB of them as float32."""
+        """How many rows are read at once: about 32 MB of them as float32; whole pieces of the file where they are not huge."""
         _, w, channels = self.shape
-        return max(1, BLOCK_BYTES // (4 * w * channels))
+        fit, together = max(1, BLOCK_BYTES // (4 * w * channels)), getattr(self.data, "rows_together", 1)
+        if fit >= together:
+            return fit // together * together
+        return together if together <= MOST_BLOCKS * fit else fit
 
     def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Rows in turn: which ones, their pixels (P, L) in float32, and which of those hold data, (P,).
@@ -85,7 +93,7 @@ class Cube:
         for start in range(0, h, step):
             rows = slice(start, min(start + step, h))
             raw = np.asarray(self.data[rows]).reshape(-1, channels)
-            held = np.ones(len(raw), dtype=bool) if self.ignore is None else (raw != self.ignore).any(1)
+            held = _held(raw, self.ignore)
             y_PL = np.array(raw, dtype=np.float32, order="C")
             if self.dead is not None:
                 y_PL[:, self.dead] = 0
@@ -95,17 +103,17 @@ class Cube:
 
 
 def read_cube(path: str | Path, *, variable: str | None = None, rows: int | None = None) -> Cube:
-    """A cube from an ENVI header, a .mat or a .npy file.
+    """A cube from an ENVI header, a GeoTIFF, a .mat or a .npy file.
 
     Args:
-        path: the .hdr file of an ENVI pair or its raw file; .mat; .npy.
+        path: the .hdr file of an ENVI pair or its raw file; .tif or .tiff; .mat; .npy.
         variable: name of the cube within a .mat file, where it is none of the usual ones (Y, V, cube, data, ...).
         rows: of the image, where a .mat file holds a matrix and does not say how it is shaped.
     Raises:
         FileNotFoundError: no such file, or a header without its raw file.
         ValueError: another kind of file; a header that contradicts the size of its file (both are named); a .mat file without a
             cube (its variables are listed).
-        ImportError: the package ``spectral`` is missing, which reads ENVI headers.
+        ImportError: the package ``spectral`` is missing, which reads ENVI headers, or ``rasterio``, which reads GeoTIFF.
     """
     path = Path(path)
     if not path.exists():
@@ -117,6 +125,9 @@ def read_cube(path: str | Path, *, variable: str | None = None, rows: int | None
         raise ValueError(f"variable and rows are of .mat files, and {path} is none; leave them out")
     if suffix == ".hdr":
         return _envi(path)
+    if suffix in (".tif", ".tiff"):
+        raster, waves, ignore, place, tags = open_raster(path)
+        return Cube(raster, waves, ignore=ignore, meta=tags, name=path.name, place=place)
     if suffix == ".mat":
         return _mat(path, variable, rows)
     if suffix == ".npy":
@@ -129,6 +140,13 @@ def read_cube(path: str | Path, *, variable: str | None = None, rows: int | None
     if header is None:
         raise ValueError(f"{path} is none of {', '.join(SUFFIXES)}, and no ENVI header stands beside it")
     return _envi(header)
+
+
+def _held(raw_PL: np.ndarray, ignore: float | None) -> np.ndarray:
+    """Which pixels hold data, (P,)."""
+    if ignore is None:
+        return np.ones(len(raw_PL), dtype=bool)
+    return (~np.isnan(raw_PL) if np.isnan(ignore) else raw_PL != ignore).any(1)
 
 
 def _forget(data: Any) -> None:
@@ -186,6 +204,7 @@ def _envi(path: Path) -> Cube:
         nothing,
         header,
         path.name,
+        place=place_of(raw) if "map info" in header else None,
     )
 
 

@@ -24,6 +24,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixtura.core.processes import Processes
+
 __all__ = ["FLOOR", "MOST_PURE", "SPARSENESS", "Sums", "Terms", "gini", "hoyer", "penalty", "terms"]
 
 FLOOR = 1e-9  # abundances never reach 0, where a multiplicative update would keep them
@@ -50,7 +52,7 @@ class Terms:
 
 @dataclass(frozen=True)
 class Sums:
-    """What a pass leaves behind, float64.
+    """What a pass leaves behind, float64. Those of two sets of pixels add.
 
     Attributes:
         ay: A'Y, shape (M, L).
@@ -63,6 +65,15 @@ class Sums:
     aa: Tensor
     sparsity: float
     unity: float
+
+    def over(self, processes: Processes) -> Sums:
+        """The sums over the pixels of all processes."""
+        if processes.size == 1:
+            return self
+        ends = torch.tensor([self.sparsity, self.unity], dtype=torch.float64, device=self.ay.device)
+        total = processes.sum(torch.cat([self.ay.reshape(-1), self.aa.reshape(-1), ends]))
+        ay, aa, ends = total.split([self.ay.numel(), self.aa.numel(), 2])
+        return Sums(ay.reshape(self.ay.shape), aa.reshape(self.aa.shape), float(ends[0]), float(ends[1]))
 
     def residuals(self, spectra: Tensor, power: Tensor) -> Tensor:
         """Norm of each channel's residual, shape (L,); ``power`` is the squared norm of each channel of Y."""

@@ -18,10 +18,10 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from mixtura.core.keeping import Keeping
+from mixtura.core.processes import Processes, join
 from mixtura.core.progress import bar
 from mixtura.vision.unmixing.constrained import fcls
 from mixtura.vision.unmixing.objective import (
-    FLOOR,
     MOST_PURE,
     SPARSENESS,
     Pixels,
@@ -30,7 +30,9 @@ from mixtura.vision.unmixing.objective import (
     channel_weights,
     sweep,
 )
-from mixtura.vision.unmixing.starts import vca, whitening
+from mixtura.vision.unmixing.shards import Shard
+from mixtura.vision.unmixing.starts import mixed, starting_point
+from mixtura.vision.unmixing.stream import Stream
 
 __all__ = ["SpectralUnmixing"]
 
@@ -40,10 +42,9 @@ GUIDANCES, INITS = ("learn", "fixed", None), ("vca-whitened", "vca", "nmf-random
 REFRESH = 5  # iterations between two looks at the guidance map
 LEARNING = 0.8  # share of the iterations in which it is learned
 PATIENCE = 10  # iterations over which J must fall by ``tol``
-START_SHARE = 1e-2  # mixed into the start: an update multiplies, and would keep a share of 0
 SCALE_QUANTILE = 0.75  # of the channels' largest values: a quarter of them may be saturated
 TRANSFORM_STEPS = 50  # more follow the sparsity further from the data (tried on seeds 100 to 104)
-AUTO_LAM, AUTO_DELTA, AUTO_CHANNELS = 0.3, 4.0, 180  # tuned on synthetic scenes of 180 channels (seeds 100 to 104)
+AUTO_LAM, AUTO_DELTA, AUTO_CHANNELS = 0.1, 4.0, 180  # tuned on synthetic scenes of 180 channels (seeds 100 to 104)
 
 
 class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
@@ -55,7 +56,7 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         Materials, at least 2.
     lam : float or "auto", default="auto"
         Weight of the sparsity, >= 0, for pixels scaled to about 1 (done inside, so that units do not matter). "auto" is
-        0.3 L / 180: the squared error, too, is a sum over channels.
+        0.1 L / 180: the squared error, too, is a sum over channels.
     delta : float or "auto", default="auto"
         Weight of the sum to one, >= 0. "auto" is 4 sqrt(L / 180); several times that freezes the updates.
     robust : bool, default=True
@@ -67,7 +68,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
     sparseness : {"hoyer", "gini"}, default="hoyer"
         What the guidance map measures.
     init : {"vca-whitened", "vca", "nmf-random"}, default="vca-whitened"
-        Pixels that span the others after the noise of all channels was made equal, or before; or random spectra.
+        Pixels that span the others, without what is noise to all of them, after the noise of all channels was made equal, or
+        before; or random spectra.
         ``fit(M_init=..., A_init=...)`` goes before.
     clip_negative : bool, default=False
         Take negative values as 0 instead of refusing them.
@@ -77,6 +79,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         80 % of the iterations, nothing stops.
     device : str, default="cpu"
         "cpu", or a CUDA device, which then holds the pixels.
+    distributed : bool or "auto", default="auto"
+        Whether processes fit together: "auto" where torchrun started several. Each gives its own shard to ``fit``.
     seed : int, default=0
 
     Attributes
@@ -96,13 +100,16 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
     n_iter_ : int
     scale_ : float
         What X was divided by.
+    stream_ : Stream
+        Sums that ``partial_fit`` goes on from.
     n_features_in_ : int
         L.
 
     Notes
     -----
     An iteration reads X once, O(P L M) operations; memory beyond X is O(P M). X may be a memory map in float32 or float64 that is
-    larger than memory: blocks of 4096 pixels are read at a time. Spatial neighbours are not looked at.
+    larger than memory: blocks of 4096 pixels are read at a time. Spatial neighbours are not looked at. In several processes an
+    iteration exchanges M (L + M) numbers, and all end with the same spectra and weights.
 
     Examples
     --------
@@ -112,6 +119,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
     >>> model.abundances_.shape, bool(model.channel_weight_[scene.outliers].max() < 0.5)
     ((576, 3), True)
     """
+
+    stream_: Stream
 
     def __init__(
         self,
@@ -128,6 +137,7 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         max_iter: int = 500,
         tol: float = 1e-6,
         device: str = "cpu",
+        distributed: bool | str = "auto",
         seed: int = 0,
     ) -> None:
         self.n_endmembers = n_endmembers
@@ -142,6 +152,7 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         self.max_iter = max_iter
         self.tol = tol
         self.device = device
+        self.distributed = distributed
         self.seed = seed
 
     def fit(self, X: Any, y: Any = None, *, M_init: Any = None, A_init: Any = None) -> Self:
@@ -150,7 +161,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         Parameters
         ----------
         X : array-like of shape (P, L)
-            Pixels, finite and >= 0, in any unit; float32 stays float32.
+            Pixels, finite and >= 0, in any unit; float32 stays float32. In several processes, this process's shard, which may
+            be empty.
         M_init : array-like of shape (M, L), optional
             Spectra to start from, in the units of X.
         A_init : array-like of shape (P, M), optional
@@ -163,27 +175,48 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
             only constant channels, a parameter out of its range.
         """
         self._check()
-        X = self._pixels(X, reset=True)
-        m = self.n_endmembers
-        if not 2 <= m <= X.shape[1]:
-            raise ValueError(f"n_endmembers must be between 2 and the channels, n_features = {X.shape[1]}, got {m}")
-        if len(X) < m + 1:
-            raise ValueError(f"{m} endmembers need at least {m + 1} pixels, got n_samples = {len(X)}")
-        low_L, high_L = X.min(0), X.max(0)
-        if (low_L == high_L).all():
-            raise ValueError(f"all {X.shape[1]} channels are constant: there is nothing to unmix")
+        processes = join(self.distributed)  # type: ignore[arg-type]
+        shard = self._shard(X, processes, reset=True)
+        X, high_L = shard.pixels, shard.high
         self.blank_channels_ = high_L == 0
-        self.scale_ = float(np.quantile(high_L[~self.blank_channels_].astype(np.float64), SCALE_QUANTILE))
-        first, shares = self._start(X, M_init, A_init)
-        dtype = torch.float32 if X.dtype == np.float32 else torch.float64
-        pixels = Pixels(X, scale=self.scale_, dtype=dtype, device=self.device)
-        a = torch.from_numpy(shares).to(self.device, dtype)
-        spectra, a, h, weights = self._descend(pixels, torch.from_numpy(first / self.scale_).to(self.device), a)
-        self.endmembers_ = (spectra * self.scale_).cpu().numpy().astype(X.dtype)
-        self.abundances_ = (a / a.sum(1, keepdim=True)).cpu().numpy()
-        self.guidance_ = h.cpu().numpy()
-        self.channel_weight_ = np.where(self.blank_channels_, 0.0, weights.cpu().numpy())
-        return self
+        self.scale_ = float(np.quantile(high_L[~self.blank_channels_], SCALE_QUANTILE))
+        first, shares = starting_point(
+            X, self.n_endmembers, self.init, seed=self.seed, M_init=M_init, A_init=A_init, processes=processes
+        )
+        pixels = self._scaled(X)
+        a = torch.from_numpy(shares).to(self.device, pixels.dtype)
+        start = torch.from_numpy(first / self.scale_).to(self.device)
+        return self._keep(*self._descend(pixels, start, a, shard.n, processes), shard.dtype)
+
+    def partial_fit(self, X: Any, y: Any = None) -> Self:
+        """Learn from one more block of pixels, such as some rows of a cube that is larger than memory.
+
+        The first block is fitted as ``fit`` does, and should show all materials: draw it from all over the scene. A later one,
+        after ``fit`` as well, gets shares for the spectra that are known, and its sums join those of the blocks before it.
+        Memory is that of a block.
+
+        Parameters
+        ----------
+        X : array-like of shape (P, L)
+            One block, at least one pixel. In several processes, this process's part of the block.
+
+        Notes
+        -----
+        ``abundances_``, ``guidance_`` are of the last block; ``objective_`` and ``n_iter_`` stay those of the first.
+        """
+        if not hasattr(self, "stream_"):
+            return self.fit(X)
+        self._check()
+        processes = join(self.distributed)  # type: ignore[arg-type]
+        shard = self._shard(X, processes, reset=False)
+        pixels, of = self._scaled(shard.pixels), self.strengths(self.n_features_in_)
+        spectra, a, h = self._shares(pixels, shard.pixels, of)
+        sums = sweep(pixels, a, h, spectra, None, of).over(processes)
+        stream: Stream = self.stream_.joined(sums, processes.sum(pixels.power()), shard.n)
+        spectra, weights = stream.better(spectra, of)
+        self.stream_ = stream
+        self.blank_channels_ = self.blank_channels_ & (shard.high == 0)
+        return self._keep(spectra, weights, a, h, shard.dtype)
 
     def fit_transform(self, X: Any, y: Any = None, **inits: Any) -> np.ndarray:
         """Fit, and the shares of the pixels of the fit, shape (P, M)."""
@@ -201,20 +234,8 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
         """What :meth:`transform` gives, and how pure each pixel is, shape (P,)."""
         check_is_fitted(self, "endmembers_")
         X = self._pixels(X, reset=False)
-        spectra = torch.from_numpy(self.endmembers_.astype(np.float64) / self.scale_).to(self.device)
-        weights = torch.from_numpy(self.channel_weight_).to(self.device)
-        shares = fcls(X, self.endmembers_, weights=self.channel_weight_)
-        dtype = torch.float32 if X.dtype == np.float32 else torch.float64
-        a = torch.from_numpy(shares).to(self.device, dtype)
-        of = self.strengths(X.shape[1])
-        if of.lam == 0:
-            return a.cpu().numpy(), self._guide(a).cpu().numpy()
-        a = _mixed(a)
-        pixels = Pixels(X, scale=self.scale_, dtype=dtype, device=self.device)
-        for _ in range(TRANSFORM_STEPS // REFRESH):
-            h = self._guide(a)
-            sweep(pixels, a, h, spectra, weights, of, steps=REFRESH)
-        return (a / a.sum(1, keepdim=True)).cpu().numpy(), self._guide(a).cpu().numpy()
+        _, a, h = self._shares(self._scaled(X), X, self.strengths(X.shape[1]))
+        return (a / a.sum(1, keepdim=True)).cpu().numpy(), h.cpu().numpy()
 
     def inverse_transform(self, A: Any) -> np.ndarray:
         """Pixels of given abundances, shape (P, L)."""
@@ -257,9 +278,28 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
 
-    def _pixels(self, X: Any, *, reset: bool) -> np.ndarray:
+    def _shard(self, X: Any, processes: Processes, *, reset: bool) -> Shard:
+        """Pixels to learn from, checked here and over all processes."""
+        with processes.together():
+            X = self._pixels(X, reset=reset, least=1 if processes.size == 1 else 0)
+        shard, m = Shard.of(X, processes), self.n_endmembers
+        if reset and not 2 <= m <= X.shape[1]:
+            raise ValueError(f"n_endmembers must be between 2 and the channels, n_features = {X.shape[1]}, got {m}")
+        if reset and shard.n < m + 1:
+            raise ValueError(f"{m} endmembers need at least {m + 1} pixels, got n_samples = {shard.n}")
+        if reset and (shard.low == shard.high).all():
+            raise ValueError(f"all {X.shape[1]} channels are constant: there is nothing to unmix")
+        return shard
+
+    def _scaled(self, X: np.ndarray) -> Pixels:
+        dtype = torch.float32 if X.dtype == np.float32 else torch.float64
+        return Pixels(X, scale=self.scale_, dtype=dtype, device=self.device)
+
+    def _pixels(self, X: Any, *, reset: bool, least: int = 1) -> np.ndarray:
         """Pixels as float32 or float64, looked through block by block; a memory map stays one."""
-        X = validate_data(self, X, reset=reset, dtype=(np.float64, np.float32), ensure_all_finite=False)
+        X = validate_data(
+            self, X, reset=reset, dtype=(np.float64, np.float32), ensure_all_finite=False, ensure_min_samples=least
+        )
         bad_L, low_L = np.zeros(X.shape[1], dtype=np.int64), np.zeros(X.shape[1])
         for start in range(0, len(X), 4096):
             block = X[start : start + 4096]
@@ -280,32 +320,6 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
             X = X.clip(0)
         return X
 
-    def _start(self, X: np.ndarray, M_init: Any, A_init: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Spectra in the units of X and shares, float64."""
-        m, factors = self.n_endmembers, None
-        if self.init == "vca-whitened" and (M_init is None or A_init is None):
-            factors = whitening(X)
-        rng = np.random.default_rng(self.seed)
-        if M_init is not None:
-            spectra = np.array(M_init, dtype=np.float64)
-            if spectra.shape != (m, X.shape[1]) or not (np.isfinite(spectra).all() and (spectra >= 0).all()):
-                raise ValueError(
-                    f"M_init must be finite, >= 0 and of shape {(m, X.shape[1])}, got shape {spectra.shape}"
-                )
-        elif self.init == "nmf-random":
-            spectra = rng.uniform(0.1, 1.0, (m, X.shape[1])) * 2 * X.mean(0, dtype=np.float64)
-        else:
-            spectra = X[vca(X, m, seed=self.seed, factors=factors)].astype(np.float64)
-        if A_init is not None:
-            shares = np.array(A_init, dtype=np.float64)
-            if shares.shape != (len(X), m) or not (np.isfinite(shares).all() and (shares >= 0).all()):
-                raise ValueError(f"A_init must be finite, >= 0 and of shape {(len(X), m)}, got shape {shares.shape}")
-            return spectra, shares.clip(FLOOR)
-        if self.init == "nmf-random" and M_init is None:
-            shares = rng.uniform(0.1, 1.0, (len(X), m))
-            return spectra, shares / shares.sum(1, keepdims=True)
-        return spectra, _mixed(fcls(X, spectra, weights=None if factors is None else factors**2))
-
     def strengths(self, channels: int) -> Terms:
         """Strengths for this number of channels."""
         lam = AUTO_LAM * channels / AUTO_CHANNELS if self.lam == "auto" else float(self.lam)
@@ -318,24 +332,40 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
             return SPARSENESS[self.sparseness](a).clamp(0, MOST_PURE)
         return torch.full((len(a),), 0.0 if self.guidance is None else 1.0 - self.p, dtype=a.dtype, device=a.device)
 
-    def _descend(self, pixels: Pixels, spectra: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The updates, to the end: spectra, abundances, guidance and channel weights."""
+    def _shares(self, pixels: Pixels, X: np.ndarray, of: Terms) -> tuple[Tensor, Tensor, Tensor]:
+        """Spectra, scaled, and for them the abundances, which sum to nearly one, and guidance of pixels."""
+        spectra = torch.from_numpy(self.endmembers_.astype(np.float64) / self.scale_).to(self.device)
+        weights = torch.from_numpy(self.channel_weight_).to(self.device)
+        shares = fcls(X, self.endmembers_, weights=self.channel_weight_)
+        a = torch.from_numpy(shares).to(self.device, pixels.dtype)
+        if of.lam == 0:
+            return spectra, a, self._guide(a)
+        a = mixed(a)
+        for _ in range(TRANSFORM_STEPS // REFRESH):
+            h = self._guide(a)
+            sweep(pixels, a, h, spectra, weights, of, steps=REFRESH)
+        return spectra, a, self._guide(a)
+
+    def _descend(
+        self, pixels: Pixels, spectra: Tensor, a: Tensor, n: int, processes: Processes
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The updates, to the end: spectra, channel weights, abundances and guidance."""
         of = self.strengths(pixels.shape[1])
-        power = pixels.power()
+        power = processes.sum(pixels.power())
         learning = LEARNING * self.max_iter if self.guidance == "learn" and of.lam > 0 else 0
         h = self._guide(a)
-        sums: Sums = sweep(pixels, a, h, spectra, None, of)
+        sums: Sums = sweep(pixels, a, h, spectra, None, of).over(processes)
         seen = ~torch.from_numpy(self.blank_channels_).to(power.device)
         residuals = sums.residuals(spectra, power)
         # The unit of a channel's residual, set once: J is one function from here on.
         c = max(float(residuals[seen].median()), 1e-12 * float(power.sum().sqrt()))
         weights = channel_weights(residuals, c, of)
         self.objective_ = []
-        with bar(desc="unmixing", unit="iteration", total=self.max_iter) as shown:
+        with bar(desc="unmixing", unit="iteration", total=self.max_iter, hidden=processes.rank > 0) as shown:
             for i in range(self.max_iter):
                 if 0 < i < learning and i % REFRESH == 0:
                     h = self._guide(a)
-                sums = sweep(pixels, a, h, spectra, weights, of)
+                sums = sweep(pixels, a, h, spectra, weights, of).over(processes)
                 spectra = sums.better_spectra(spectra)
                 weights = channel_weights(sums.residuals(spectra, power), c, of)
                 self.objective_.append(sums.objective(spectra, power, c, of))
@@ -345,12 +375,15 @@ class SpectralUnmixing(Keeping, TransformerMixin, BaseEstimator):
                     if before - now < self.tol * abs(before):
                         break
         self.n_iter_ = len(self.objective_)
-        return spectra, a, h if learning else self._guide(a), weights
+        self.stream_ = Stream.of(sums, power, n, c)
+        return spectra, weights, a, h if learning else self._guide(a)
 
-
-def _mixed(shares: Any) -> Any:
-    """Shares with a little of every endmember."""
-    return (1 - START_SHARE) * shares + START_SHARE / shares.shape[1]
+    def _keep(self, spectra: Tensor, weights: Tensor, a: Tensor, h: Tensor, dtype: Any) -> Self:
+        self.endmembers_ = (spectra * self.scale_).cpu().numpy().astype(dtype)
+        self.abundances_ = (a / a.sum(1, keepdim=True)).cpu().numpy()
+        self.guidance_ = h.cpu().numpy()
+        self.channel_weight_ = np.where(self.blank_channels_, 0.0, weights.cpu().numpy())
+        return self
 
 
 def _channels(mask: np.ndarray) -> str:

@@ -1,4 +1,4 @@
-"""Several processes that fit one model: sums of statistics, exchange of small things, errors that reach everyone.
+"""Several processes that fit one estimator: sums of statistics, exchange of small things, errors that reach everyone.
 
 Every process holds a shard of the samples, in the order of ranks. Only tensors travel, never pickled objects.
 """
@@ -82,7 +82,8 @@ class Processes:
         from sklearn.utils import check_random_state
 
         if self.size == 1:
-            return check_random_state(random_state)
+            source: np.random.RandomState = check_random_state(random_state)
+            return source
         whole = isinstance(random_state, (int, np.integer))
         seed = random_state if whole else check_random_state(random_state).randint(np.iinfo(np.int32).max)
         first = self.gather(torch.tensor([int(seed)]))[0]  # type: ignore[arg-type]
