@@ -240,10 +240,11 @@ def _step(
     total = 0.0
     for part in range(config.accumulate):
         index = step * config.accumulate + part
-        loss = _seeded(loss_at, index, config.seed, team.stream) / config.accumulate
+        once = partial(_seeded, loss_at, index, config.seed, team.stream)
+        loss = once() / config.accumulate
         value = team.mean(loss).item()
         if not math.isfinite(value):
-            layer = first_not_finite(model, partial(_seeded, loss_at, index, config.seed, team.stream), team)
+            layer = first_not_finite(model, once, team)
             raise NonFiniteLoss(
                 f"the loss became {value} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
                 + (f"; it shows first in {layer}" if layer else "")
@@ -252,7 +253,7 @@ def _step(
             steepest = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
             with raised(trained, steepest, config.rho):
                 # The same draw of dropout as above: both passes see one network.
-                (_seeded(loss_at, index, config.seed) / config.accumulate).backward()  # type: ignore[no-untyped-call]
+                (once() / config.accumulate).backward()  # type: ignore[no-untyped-call]
         else:
             loss.backward()  # type: ignore[no-untyped-call]
         total += value
