@@ -490,8 +490,10 @@ SYSTEMS: tuple[System, ...] = (
         (
             "mixtura.multimodal.Retriever",
             "mixtura.multimodal.SearchIndex",
+            "mixtura.multimodal.DenseIndex",
             "mixtura.multimodal.TextEncoder",
             "mixtura.multimodal.train_unsupervised",
+            "mixtura.multimodal.finetune",
         ),
     ),
     System(

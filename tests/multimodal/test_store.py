@@ -8,6 +8,7 @@ import pytest
 from mixtura.multimodal.retrieval import pending, store
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
 from mixtura.multimodal.retrieval.passages import Document, documents_of, passages
+from mixtura.multimodal.retrieval.shared_encoding import encode_half
 from mixtura.multimodal.retrieval.store import SearchIndex
 from mixtura.multimodal.retrieval.tokenizer import train_tokenizer
 
@@ -89,7 +90,7 @@ def test_the_search_by_meaning_is_brute_force_over_documents(folder, encoder):
 def test_an_interrupt_keeps_what_is_done_and_the_next_run_goes_on(folder, encoder, monkeypatch):
     for i in range(20):
         (folder / f"x{i:02d}.txt").write_text(f"text {i}")
-    monkeypatch.setattr(pending, "BATCH", 2)
+    monkeypatch.setattr(store, "BATCH", 2)
     monkeypatch.setattr(pending, "SAVE", 4)
     index = SearchIndex(folder.parent / "index", encoder, create=True)
 
@@ -108,7 +109,7 @@ def test_an_interrupt_keeps_what_is_done_and_the_next_run_goes_on(folder, encode
 
 def test_a_document_broken_off_in_the_middle_is_read_again(folder, encoder, monkeypatch):
     (folder / "a-long.txt").write_text("\n\n".join(f"paragraph {i} " + "of a long text. " * 60 for i in range(9)))
-    monkeypatch.setattr(pending, "BATCH", 1)
+    monkeypatch.setattr(store, "BATCH", 1)
 
     class Broken(Document):
         def passages(self):
@@ -126,11 +127,26 @@ def test_a_document_broken_off_in_the_middle_is_read_again(folder, encoder, monk
     assert index.n_passages == 3 + len(list(first.passages()))
 
 
+def test_a_full_disk_stops_the_run_and_is_not_taken_for_a_document_that_cannot_be_read(folder, encoder, monkeypatch):
+    monkeypatch.setattr(store, "BATCH", 1)
+    monkeypatch.setattr(pending, "SAVE", 1)
+    index = SearchIndex(folder.parent / "index", encoder, create=True)
+
+    def full(path):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(store, "atomic_file", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            index.add(documents_of(folder), str(folder))
+    assert index.add(documents_of(folder), str(folder)).added == 3 and index.n_passages == 3
+
+
 def test_a_kill_in_the_middle_leaves_the_index_as_it_was(folder, encoder):
     index, _ = indexed(folder, encoder)
     (folder / "new.txt").write_text("new text")
     (folder / "boat.txt").write_text("changed")
-    held = pending.Pending(encoder, index._append)
+    held = pending.Pending(lambda texts: encode_half(encoder, texts), 1024, index._append)
     for document in documents_of(folder):
         index._add_one(document, str(folder), 99, held, store.Added())
     index.db.close()  # without a commit, as when the process is killed

@@ -79,6 +79,9 @@ def index(
     Every file of UTF-8 text is a document, and so is every line of a corpus.jsonl. Long ones are cut into passages. Memory does
     not grow with the number or the size of the documents. Interrupt it as you like: the same command goes on from there.
 
+    Started by torchrun, several processes encode what one of them reads, and *--device cuda* gives each a GPU of its own; the
+    index is that of one process. It pays for transformers; the small encoder is quicker than what reads for it.
+
     Examples:
 
         mixtura search index notes/ mail/
@@ -86,6 +89,8 @@ def index(
         mixtura search index /usr/share/doc --out doc-index
 
         mixtura search index scifact/ --model facebook/contriever --out scifact-index
+
+        torchrun --nproc-per-node 2 -m mixtura search index scifact/ --model facebook/contriever --out scifact-index
     """
     from mixtura.cli import search_work
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -17,12 +19,14 @@ from mixtura.core.checkpoint import write_json
 from mixtura.core.page import check_picture, new_figure, save_figure
 from mixtura.core.progress import progress
 from mixtura.data.retrieval_sets import RetrievalSet, load_beir
+from mixtura.lm.parallel.mesh import started_processes
 from mixtura.multimodal.retrieval.crops import CropDataset, Way
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
 from mixtura.multimodal.retrieval.evaluate import Scores, evaluate, paired_bootstrap
 from mixtura.multimodal.retrieval.index import DenseIndex, Found, LexicalIndex
 from mixtura.multimodal.retrieval.index import fuse as fused
 from mixtura.multimodal.retrieval.passages import NotText, documents_of
+from mixtura.multimodal.retrieval.shared_encoding import EncodingTeam
 from mixtura.multimodal.retrieval.store import Added, SearchIndex
 from mixtura.multimodal.retrieval.tokenizer import train_tokenizer
 from mixtura.multimodal.retrieval.train import UnsupervisedConfig, train_unsupervised
@@ -45,13 +49,42 @@ def make_index(
         if not source.exists():
             raise FileNotFoundError(f"{source} does not exist; name a folder of texts, a BEIR set, or a file")
     if dry_run:
-        for source in sources:
+        for source in sources if os.environ.get("RANK", "0") == "0" else ():
             n = sum(1 for _ in documents_of(source, without=out))
             say(f"{source}: {n:,} documents; would be indexed in {out}")
         return
+    # Before the process that leads makes an index there.
     made_with = SearchIndex.model_of(out)
     chosen = model if model is not None else (made_with or None)
-    index = SearchIndex(out, _encoder(chosen, device), create=True, model=_absolute(chosen))
+    with _encoders(chosen, device) as (encoder, team):
+        if team is not None and not team.leads:
+            team.serve()
+            return
+        index = SearchIndex(out, encoder, create=True, model=_absolute(chosen), team=team)
+        _fill(index, sources, prune=prune, say=say)
+
+
+@contextmanager
+def _encoders(model: str | None, device: str) -> Iterator[tuple[TextEncoder, EncodingTeam | None]]:
+    """The encoder of this process, and the team of all that torchrun started; no team where there is one process."""
+    if started_processes() == 1:
+        yield _encoder(model, device), None
+        return
+    import torch.distributed as dist
+
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    encoder = _encoder(model, device)
+    dist.init_process_group("gloo")
+    try:
+        with EncodingTeam(encoder) as team:
+            yield encoder, team
+    finally:
+        dist.destroy_process_group()
+
+
+def _fill(index: SearchIndex, sources: Sequence[Path], *, prune: bool, say: Say) -> None:
+    out = index.path
     for source in sources:
         began = time.perf_counter()
         done = index.add(documents_of(source, without=out), str(source.resolve()), prune=prune, label=source.name)

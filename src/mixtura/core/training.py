@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from mixtura.core.checkpoint import atomic_directory, read_json, write_json
 from mixtura.core.progress import bar
+from mixtura.core.sharpness import raised
 from mixtura.core.sparse_layers import masked_parameters
 from mixtura.core.sparse_training import MaskConfig, MaskOptimizer
 from mixtura.core.team import Alone, first_not_finite
@@ -57,6 +58,8 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints; 0 writes none.
         seed: seeds what chance enters a step (dropout, routing noise), step by step.
         optimizer: ``"adamw"`` or ``"sgd"`` (Nesterov).
+        rho: radius within which the gradient is taken where the loss rises most (:mod:`~mixtura.core.sharpness`), for which
+            ``loss_at`` is called twice a step; 0 takes it at the weights.
     """
 
     steps: int
@@ -70,6 +73,7 @@ class TrainConfig:
     checkpoint_every: int = 0
     seed: int = 0
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    rho: float = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 0:
@@ -81,8 +85,8 @@ class TrainConfig:
                 raise ValueError(f"{name} is a share and must be between 0 and 1, got {getattr(self, name)}")
         if self.accumulate < 1:
             raise ValueError(f"accumulate must be >= 1, got {self.accumulate}")
-        if self.checkpoint_every < 0 or self.clip < 0 or self.weight_decay < 0:
-            raise ValueError("checkpoint_every, clip and weight_decay must be >= 0")
+        if self.checkpoint_every < 0 or self.clip < 0 or self.weight_decay < 0 or self.rho < 0:
+            raise ValueError("checkpoint_every, clip, weight_decay and rho must be >= 0")
         if self.optimizer not in ("adamw", "sgd"):
             raise ValueError(f"optimizer must be 'adamw' or 'sgd', got {self.optimizer!r}")
 
@@ -158,6 +162,10 @@ def fit(
     if not trained:
         raise ValueError("model has no parameter that requires a gradient, so there is nothing to train")
     team = team or Alone()
+    if config.rho and (type(team) is not Alone or masked_parameters(model)):
+        raise ValueError(
+            f"rho={config.rho:g} is for dense models in one process; set rho=0, or train without masks and alone"
+        )
     optimizer = _optimizer(trained, config, team)
     moving = None
     if masks is not None or any(found.parameter.requires_grad for found in masked_parameters(model).values()):
@@ -232,15 +240,22 @@ def _step(
     total = 0.0
     for part in range(config.accumulate):
         index = step * config.accumulate + part
-        loss = _seeded(loss_at, index, config.seed, team.stream) / config.accumulate
+        once = partial(_seeded, loss_at, index, config.seed, team.stream)
+        loss = once() / config.accumulate
         value = team.mean(loss).item()
         if not math.isfinite(value):
-            layer = first_not_finite(model, partial(_seeded, loss_at, index, config.seed, team.stream), team)
+            layer = first_not_finite(model, once, team)
             raise NonFiniteLoss(
                 f"the loss became {value} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
                 + (f"; it shows first in {layer}" if layer else "")
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        if config.rho:
+            steepest = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+            with raised(trained, steepest, config.rho):
+                # The same draw of dropout as above: both passes see one network.
+                (once() / config.accumulate).backward()  # type: ignore[no-untyped-call]
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
         total += value
     team.reduce(model)
     if isinstance(optimizer, MaskOptimizer):
@@ -282,6 +297,8 @@ def _comparable(config: TrainConfig) -> dict[str, Any]:
     facts["betas"] = list(config.betas)
     if config.optimizer == "adamw":
         facts.pop("optimizer")  # so that a run from before there was a choice goes on
+    if not config.rho:
+        facts.pop("rho")
     return facts
 
 

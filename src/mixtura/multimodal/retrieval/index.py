@@ -1,13 +1,14 @@
 """Finding the nearest of many vectors, the best of many texts by their words, and both together.
 
 Shapes: N documents, B queries, D width, K results of a query.
-Source: exact search; BM25 as in Lucene (k1 0.9, b 0.4, the values of BEIR, 2104.08663); reciprocal rank fusion (Cormack et
-al. 2009) with its constant of 60.
+Source: exact search, or cells of faiss where there are millions; BM25 as in Lucene (k1 0.9, b 0.4, the values of BEIR,
+2104.08663); reciprocal rank fusion (Cormack et al. 2009) with its constant of 60.
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,11 +16,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-__all__ = ["DenseIndex", "Found", "LexicalIndex", "fuse", "merge_best"]
+from mixtura.multimodal.retrieval.exact_search import blocked_search
+from mixtura.multimodal.retrieval.faiss_search import CellIndex, faiss_installed, faiss_search
 
-BLOCK = 65_536  # documents whose similarities to all queries of a batch are held at a time
-QUERIES = 256  # of a batch
+__all__ = ["Backend", "DenseIndex", "Found", "LexicalIndex", "fuse", "why_not"]
+
+Backend = Literal["torch", "faiss", "faiss-cells"]
+BACKENDS: tuple[Backend, ...] = ("torch", "faiss", "faiss-cells")
+BLOCK = 65_536  # documents that are looked at together, at most
+MANY = 5_000_000  # documents beyond which an exact search of all is not what is wanted
 RRF = 60
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -42,26 +50,48 @@ class Found:
         }
 
 
+def why_not(backend: Backend) -> str | None:
+    """Reason why a backend cannot be used here, or ``None``."""
+    if backend != "torch" and not faiss_installed():
+        return "faiss is not installed: pip install faiss-cpu"
+    return None
+
+
 class DenseIndex:
-    """Documents by the inner product of their vectors with the query's, exactly, a block at a time.
+    """Documents by the inner product of their vectors with the query's.
 
     Args:
         vectors: shape (N, D), float16 or float32; may lie on disk (``np.load(..., mmap_mode="r")``). A document whose vector
             is zero was empty and is never found.
-        block: documents at a time; bounds the memory, not the result.
+        block: documents at a time, at most; bounds the memory, not the result.
+        backend: ``torch`` and ``faiss`` are exact and agree; ``faiss-cells`` is approximate: vectors are put into cells and
+            coded when the first question comes, which takes minutes for millions, and a search looks into some of them
+            (:class:`~mixtura.multimodal.retrieval.faiss_search.CellIndex`). ``auto`` takes faiss where it is installed, exactly
+            up to 5,000,000 documents and by cells beyond.
+    Attributes:
+        backend: the one in use.
+    Raises:
+        ImportError: a backend of faiss, which is not installed.
+        ValueError: an unknown backend, or ``faiss-cells`` for fewer than 10,000 documents.
 
     Example:
         >>> DenseIndex(np.eye(3, dtype=np.float32)).search(np.array([[0.1, 0.9, 0.0]], dtype=np.float32), 2).rows
         array([[1, 0]])
     """
 
-    def __init__(self, vectors: np.ndarray, *, block: int = BLOCK) -> None:
+    def __init__(self, vectors: np.ndarray, *, block: int = BLOCK, backend: Backend | Literal["auto"] = "auto") -> None:
         if vectors.ndim != 2 or vectors.dtype not in (np.float16, np.float32):
             raise ValueError(f"vectors must be a float16 or float32 matrix, got {vectors.dtype} of {vectors.shape}")
         if block < 1:
             raise ValueError(f"block must be at least 1, got {block}")
         self.vectors, self.block = vectors, block
-        self._empty: list[np.ndarray] | None = None
+        self.backend: Backend = _chosen(len(vectors)) if backend == "auto" else backend
+        if self.backend not in BACKENDS:
+            raise ValueError(f"backend must be auto or one of {', '.join(BACKENDS)}, got {backend!r}")
+        if (reason := why_not(self.backend)) is not None:
+            raise ImportError(f"backend={backend!r}: {reason}")
+        self._empty: np.ndarray | None = None
+        self._cells: CellIndex | None = None
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -79,47 +109,51 @@ class DenseIndex:
             raise ValueError(f"k must be at least 1, got {k}")
         q = torch.from_numpy(np.ascontiguousarray(queries, dtype=np.float32))
         k = min(k, len(self.vectors))
-        best: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for begin, block, empty in self._blocks():
-            for at in range(0, len(q), QUERIES):
-                scores = q[at : at + QUERIES] @ block.mT
-                if len(empty):
-                    scores[:, empty] = -torch.inf
-                top = scores.topk(min(k, scores.shape[1]))
-                found = (top.values, top.indices + begin)
-                place = at // QUERIES
-                if place == len(best):
-                    best.append(found)
-                else:
-                    best[place] = merge_best(best[place], found, k)
-        if not best:
-            return Found(np.zeros((len(q), 0), np.float32), np.zeros((len(q), 0), np.int64))
-        values: np.ndarray = torch.cat([pair[0] for pair in best]).numpy()
-        rows: np.ndarray = torch.cat([pair[1] for pair in best]).numpy()
-        values[~q.numpy().any(1)] = -np.inf
-        rows[values == -np.inf] = -1
+        values, rows = np.full((len(q), k), -np.inf, np.float32), np.full((len(q), k), -1, np.int64)
+        asks = q.any(1).numpy()
+        if k and asks.any():
+            found = self._best(q[asks], k)
+            near = [pair.numpy() for pair in found]
+            near[1][near[0] == -np.inf] = -1
+            width = near[0].shape[1]  # fewer than k where empty documents were left out
+            values[asks, :width], rows[asks, :width] = near
         return Found(values, rows)
 
-    def _blocks(self) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-        first = self._empty is None
-        empties: list[np.ndarray] = [] if self._empty is None else self._empty
-        for number, begin in enumerate(range(0, len(self.vectors), self.block)):
-            part = np.asarray(self.vectors[begin : begin + self.block], dtype=np.float32)
+    def _best(self, q: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.backend == "torch":
+            return blocked_search(self._parts, q, k, block=self.block)
+        if self.backend == "faiss":
+            return faiss_search(self._parts, q, k, block=self.block)
+        if self._cells is None:
+            self._cells = CellIndex(self._parts, self.vectors)
+        return self._cells.search(q, k)
+
+    def _parts(self, rows: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        empties: list[np.ndarray] = []
+        for begin in range(0, len(self.vectors), rows):
+            part = np.asarray(self.vectors[begin : begin + rows], dtype=np.float32)
             if not part.flags.writeable:  # a map of a file that may not be written to
                 part = part.copy()
-            if first:
-                empties.append(np.flatnonzero(~part.any(1)))
-            yield begin, torch.from_numpy(part), torch.from_numpy(empties[number])
-        self._empty = empties
+            if self._empty is None:
+                empty = np.flatnonzero(~part.any(1))
+                empties.append(empty + begin)
+            else:
+                low, high = np.searchsorted(self._empty, (begin, begin + len(part)))
+                empty = self._empty[low:high] - begin
+            yield begin, torch.from_numpy(part), torch.from_numpy(empty)
+        if self._empty is None:
+            self._empty = np.concatenate(empties)
 
 
-def merge_best(
-    a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], k: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of two lists of scores and rows, each of shape (B, <= k)."""
-    scores, rows = torch.cat([a[0], b[0]], 1), torch.cat([a[1], b[1]], 1)
-    top = scores.topk(min(k, scores.shape[1]))
-    return top.values, rows.gather(1, top.indices)
+def _chosen(n: int) -> Backend:
+    """What ``auto`` is for n documents."""
+    # On macOS the wheels of faiss and torch each bring an OpenMP, and a process with two of them is ended.
+    if sys.platform == "darwin" or why_not("faiss") is not None:
+        return "torch"
+    if n <= MANY:
+        return "faiss"
+    log.warning("%d documents: searched by cells, approximately; backend='faiss' is exact, and slower", n)
+    return "faiss-cells"
 
 
 class LexicalIndex:

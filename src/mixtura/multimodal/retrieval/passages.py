@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mixtura.data.retrieval_sets import beir_documents, is_beir
 
-__all__ = ["Document", "NotText", "Passage", "documents_of", "passages"]
+__all__ = ["Document", "NotText", "Passage", "Unreadable", "documents_of", "passages", "readable_passages"]
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,10 @@ CARRIED = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
 
 class NotText(ValueError):
     """A file that holds no UTF-8 text."""
+
+
+class Unreadable(Exception):
+    """A document cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,18 @@ class Document:
             OSError: the file cannot be read.
         """
         return passages([self.text] if self.path is None else _pieces(self.path))
+
+
+def readable_passages(document: Document) -> Iterator[Passage]:
+    """Passages of a document; an error of reading is told apart from one of what is done with them, such as a full disk.
+
+    Raises:
+        Unreadable: the file is no text, or cannot be read.
+    """
+    try:
+        yield from document.passages()
+    except (NotText, OSError) as error:
+        raise Unreadable(str(error)) from error
 
 
 def documents_of(source: str | Path, *, without: Path | None = None) -> Iterator[Document]:

@@ -19,6 +19,7 @@ import re
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -28,9 +29,11 @@ import torch
 from mixtura.core.checkpoint import atomic_file
 from mixtura.core.progress import bar
 from mixtura.multimodal.retrieval.encoder import TextEncoder
-from mixtura.multimodal.retrieval.index import DenseIndex, Found, fuse, merge_best
-from mixtura.multimodal.retrieval.passages import Document, NotText
+from mixtura.multimodal.retrieval.exact_search import merge_best
+from mixtura.multimodal.retrieval.index import DenseIndex, Found, fuse
+from mixtura.multimodal.retrieval.passages import Document, Unreadable, readable_passages
 from mixtura.multimodal.retrieval.pending import Pending, Row
+from mixtura.multimodal.retrieval.shared_encoding import BATCH, EncodingTeam, encode_half
 from mixtura.multimodal.retrieval.word_search import by_words
 
 __all__ = ["Added", "Hit", "SearchIndex"]
@@ -105,13 +108,22 @@ class SearchIndex:
         encoder: what embeds passages and questions; must be the one that the index was made with.
         create: make an index where there is none.
         model: how the encoder was named, for whoever opens the index next; see :meth:`model_of`.
+        team: processes that encode together, of which this one leads; ``None``: it encodes alone.
     Raises:
         FileNotFoundError: there is none, and ``create`` is off.
         ValueError: an index of another encoder, of another version, damaged, or half copied.
     """
 
-    def __init__(self, path: str | Path, encoder: TextEncoder, *, create: bool = False, model: str = "") -> None:
-        self.path, self.encoder, self.model = Path(path), encoder, model
+    def __init__(
+        self,
+        path: str | Path,
+        encoder: TextEncoder,
+        *,
+        create: bool = False,
+        model: str = "",
+        team: EncodingTeam | None = None,
+    ) -> None:
+        self.path, self.encoder, self.model, self.team = Path(path), encoder, model, team
         made = self.path / DATABASE
         if not made.exists():
             leftovers = sorted(self.path.glob("vectors-*.npy")) if self.path.is_dir() else []
@@ -223,11 +235,14 @@ class SearchIndex:
             prune: remove documents of this source that did not come.
             label: on the progress bar.
         Raises:
-            KeyboardInterrupt: what was finished lasts, and another call goes on from there.
+            KeyboardInterrupt: what was finished lasts, and another call goes on from there, alone or with others.
         """
         done = Added()
         visit = 1 + int(self.db.execute("SELECT value FROM settings WHERE name = 'visit'").fetchone()[0])
-        pending = Pending(self.encoder, self._append)
+        if self.team is None:
+            pending = Pending(partial(encode_half, self.encoder), BATCH, self._append)
+        else:
+            pending = Pending(self.team.encode, self.team.load, self._append)
         try:
             self.db.execute("UPDATE settings SET value = ? WHERE name = 'visit'", (str(visit),))
             self._visit(documents, source, visit, pending, done, prune=prune, label=label)
@@ -261,10 +276,21 @@ class SearchIndex:
                 for (document,) in gone:
                     self._forget(document)
                 done.removed = len(gone)
-        finally:
-            # Also on an interrupt: what was encoded is not lost.
+        except BaseException:
+            if self.team is None:
+                self._keep(pending)  # also on an interrupt: what was read is not lost
+            else:
+                self.db.rollback()  # the others may be gone, and what waits is too much for one
+            raise
+        self._keep(pending)
+
+    def _keep(self, pending: Pending) -> None:
+        try:
             pending.save()
             self.db.commit()
+        except BaseException:
+            self.db.rollback()  # or documents would count as read whose passages are not there
+            raise
 
     def _add_one(self, document: Document, source: str, visit: int, pending: Pending, done: Added) -> None:
         known = self.db.execute(
@@ -285,9 +311,9 @@ class SearchIndex:
         )
         number, before = int(cursor.lastrowid or 0), pending.total
         try:
-            for passage in document.passages():
+            for passage in readable_passages(document):
                 pending.put(number, passage)
-        except (NotText, OSError) as error:
+        except Unreadable as error:
             pending.drop(number)
             self._forget(number)
             _note(done, document.name, str(error))
@@ -297,8 +323,9 @@ class SearchIndex:
         if pending.total == before:
             done.n_empty += 1
             done.empty += [document.name] * (len(done.empty) < 100)
-        done.added += not known
-        done.changed += bool(known)
+        finished = bool(known and known[1])
+        done.added += not finished
+        done.changed += finished
 
     def _forget(self, document: int) -> None:
         rows = self.db.execute("SELECT row, text FROM passages WHERE document = ?", (document,)).fetchall()
@@ -401,7 +428,8 @@ class SearchIndex:
             if at := [row - first for (row,) in gone]:
                 vectors = np.array(vectors)
                 vectors[at] = 0  # as an empty document's: never found
-            found = DenseIndex(vectors).search(q, k)
+            # One question: nothing is won that would pay for importing faiss.
+            found = DenseIndex(vectors, backend="torch").search(q, k)
             rows = np.where(found.rows >= 0, found.rows + first, -1)
             pair = (torch.from_numpy(found.scores), torch.from_numpy(rows))
             best = pair if best is None else merge_best(best, pair, k)
