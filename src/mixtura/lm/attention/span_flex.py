@@ -145,7 +145,7 @@ def flex_attend(
         backward=query.requires_grad and torch.is_grad_enabled(),
     )
     # Else sizes that are alike by chance when the kernel is compiled, 64 tiles and heads 64 wide, have to stay alike.
-    with fx_config.patch(use_duck_shape=False):
+    with fx_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]  # made when torch is imported
         found: Tensor = _kernel()(query, key, value, block_mask=mask, scale=scale, enable_gqa=h != len(windows))
     return found
 
