@@ -9,8 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_cli import here, text  # noqa: F401
+from transformers import AutoConfig
 
 from mixtura.cli.train_new import start
+from mixtura.data.parallel_texts import write_parallel
+from mixtura.lm.model import MultitaskMoEForConditionalGeneration
 
 CONFIG = {
     "vocab_size": 300,
@@ -48,6 +51,37 @@ def test_two_processes_write_the_model_that_one_writes(here, text, tmp_path):  #
     for name, tensor in one.items():
         moved, other = ((after[name].float() - first[name].float()).flatten() for after in (one, two))
         if tensor.dim() > 1:  # norms stay 1 in bfloat16, in which weights are written
+            assert torch.cosine_similarity(moved, other, dim=0) > 0.9, name
+
+
+PAIRS = {
+    ("en", "de"): [(f"{i} {i + 1}", f"zahl {i} und {i + 1}") for i in range(12)],
+    ("en", "fr"): [(f"{i} {i + 2}", f"nombre {i} et {i + 2}") for i in range(30)],
+}
+TRANSLATOR = {"model_type": "mixtura_multitask", "vocab_size": 300, "d_model": 32, "heads": 2, "ffn": 48}
+TRANSLATOR |= {"encoder_layers": 2, "decoder_layers": 2, "num_experts": 4}
+UNLIMITED = {"capacity_factor": 0.0, "eval_capacity_factor": 0.0}  # whose places do not depend on who holds which rows
+
+
+def test_two_processes_write_the_translator_that_one_writes(here, tmp_path):  # noqa: F811
+    write_parallel(tmp_path / "pairs", PAIRS)
+    (tmp_path / "t.json").write_text(json.dumps(TRANSLATOR | UNLIMITED))
+    options = ("train", "t.json", "--text", "pairs", *OPTIONS)
+    alone = here(*options, "--out", "one", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    done = torchrun(2, *options, "--out", "two", "--parallel", "expert=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("two is written") == 1 and done.stdout.count("en-de: held-out") == 1, "one process speaks"
+    assert "by 2 processes (expert=2)" in (tmp_path / "two" / "README.md").read_text()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one", "pairs", "t.json", "two"]
+    torch.manual_seed(0)  # as the command draws it
+    config = AutoConfig.from_pretrained(tmp_path / "one")
+    first = MultitaskMoEForConditionalGeneration(config).float().state_dict()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name, tensor in one.items():
+        moved, other = ((after[name].float() - first[name]).flatten() for after in (one, two))
+        if tensor.dim() > 1:
             assert torch.cosine_similarity(moved, other, dim=0) > 0.9, name
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mixtura.core.sparsity_gate import SparsityAwareGate, expected_active, sparsity_scores
+from mixtura.core.sparsity_gate import SparsityAwareGate, column_statistics, expected_active, sparsity_scores
 
 
 def seeded(seed=0):
@@ -91,6 +91,30 @@ def test_scores_are_float32_under_autocast():
     want = sparsity_scores(x, weight)
     with torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(sparsity_scores(x, weight), want, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("statistics", ["diagonal", "full"])
+def test_experts_that_lie_elsewhere_are_asked_for_in_every_pass_and_taught(statistics):
+    weight, x = (
+        torch.randn(4, 8, 3, generator=seeded(), dtype=torch.float64).requires_grad_(),
+        torch.randn(6, 3).double(),
+    )
+    gate, asked = SparsityAwareGate(2, statistics=statistics).eval(), []
+
+    def gather(mean, spread):
+        asked.append(mean.shape)
+        parts = (mean, spread), column_statistics(weight[1:], None, statistics)
+        return tuple(torch.cat(found) for found in zip(*parts, strict=True))
+
+    want, got = gate(x, weight), gate(x, weight[:1], gather=gather)
+    assert torch.equal(got.indices, want.indices)
+    torch.testing.assert_close(got.logits, want.logits)
+    grads = [torch.autograd.grad((r.weights[:, 0] + r.logits.sum(1)).sum(), weight)[0] for r in (want, got)]
+    torch.testing.assert_close(*grads)
+    with torch.no_grad():
+        gate(x, weight[:1], gather=gather)
+        gate(x, weight[:1], gather=gather)
+    assert asked == [(1, 3)] * 3
 
 
 def test_kept_statistics_follow_the_weights(monkeypatch):

@@ -3,20 +3,25 @@
 Every process gets other rows, not equally many, one gets no label; some experts get no token.
 """
 
-from itertools import pairwise
+from contextlib import nullcontext
+from functools import cache
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from parallel_models import MODELS, TINY, even_model
+from parallel_models import CHANCE, MODELS, TINY, even_model, replayed, start_chance
 from process_group import in_processes
 from tiny_models import tiny_model
 from torch import nn
 
 from mixtura.core.gates import top_k
 from mixtura.core.shared_batch import SharedBatch
+from mixtura.core.sparsity_gate import column_statistics
 from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.model import MixturaForCausalLM
+from mixtura.lm.model.parts import inner_weights
 from mixtura.lm.parallel import clip_gradients, gather_experts, make_mesh, parallelize_experts, reduce_gradients
 from mixtura.lm.parallel.experts import _Layout, parallel_experts, single_name
 from mixtura.lm.parallel.gradients import expert_rules
@@ -36,11 +41,25 @@ FOUR = [
     ("pyramid", {"expert": 4}, "direct"),
     ("pyramid", {"expert": 4, "node": 2}, "hierarchical"),
     ("pyramid", {"expert": 2, "tensor": 2}, "coordinated"),
+    ("translator", {"expert": 4}, "direct"),
+    ("translator", {"expert": 2}, "direct"),
+    ("translator", {"expert": 2, "tensor": 2}, "coordinated"),
+    ("sparse", {"expert": 4}, "direct"),
+    ("sparse", {"expert": 2}, "direct"),
+    ("sparse, full", {"expert": 2, "slices": 2}, "direct"),
+    ("sparse", {"expert": 2, "tensor": 2}, "coordinated"),
+    ("sparse", {"expert": 2, "tensor": 2}, "direct"),
+    ("sparse, full", {"expert": 4, "node": 2}, "hierarchical"),
 ]
 TWO = [
     ("even", {"expert": 2}, "direct"),
     ("even", {"slices": 2}, "direct"),
     ("pyramid", {"tensor": 2}, "coordinated"),
+    ("translator", {"expert": 2}, "direct"),
+    ("translator", {"expert": 1}, "direct"),
+    ("sparse", {"expert": 1}, "direct"),
+    ("sparse, full", {"slices": 2}, "direct"),
+    ("sparse", {"tensor": 2}, "coordinated"),
 ]
 
 
@@ -59,15 +78,23 @@ def optimizer_of(model):
     return torch.optim.AdamW(model.parameters(), lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
 
 
-def train(model, mesh=None, part=slice(None), clip=0.05):
-    """Losses, first gradients, gradient norms and logits of a training on a part of each batch."""
+def bounds(places):
+    """Where the parts of a batch's rows begin and end, for so many processes with rows of their own."""
+    return PARTS[:: 4 // places]
+
+
+def train(model, mesh=None, places=1, place=0, clip=0.05):
+    """Losses, first gradients, gradient norms and logits of a training on a part of each batch; without a mesh, on all parts."""
     model.train()
     optimizer, shared = optimizer_of(model), SharedBatch()
     found = {"losses": [], "norms": []}
+    part = slice(None) if mesh is None else slice(*bounds(places)[place : place + 2])
     for step in range(STEPS):
         ids, mask, labels = (t[part] for t in batch(step))
         optimizer.zero_grad()
-        out = model(input_ids=ids, attention_mask=mask, labels=labels, shared_batch=shared, use_cache=False)
+        start_chance(step, place)
+        with replayed(bounds(places), step) if mesh is None else nullcontext():
+            out = model(input_ids=ids, attention_mask=mask, labels=labels, shared_batch=shared, use_cache=False)
         out.loss.backward()
         if mesh is None:
             norm = nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
@@ -103,35 +130,32 @@ def train_everywhere(rank, cases, world):
     for name, degrees, plan in cases:
         mesh = make_mesh(world, **degrees)
         # Processes that hold the same tokens take the same part of the batch.
-        places = world // mesh.tensor
-        bounds = PARTS if places == 4 else [PARTS[0], PARTS[2], PARTS[4]] if places == 2 else [PARTS[0], PARTS[4]]
-        first, last = list(pairwise(bounds))[rank // mesh.tensor]
+        places, place = world // mesh.tensor, rank // mesh.tensor
         model = parallelize_experts(MODELS[name](), mesh, plan=plan)
-        found = train(model, mesh, slice(first, last))
+        found = train(model, mesh, places, place)
         found["gradients"] = whole_gradients(model, found["gradients"])
         found["state"] = gather_experts(model)
-        found["part"] = [first, last]
+        found["part"] = bounds(places)[place : place + 2]
         found["held"] = sum(p.numel() for p in expert_rules(model))
         results.append(found)
     return results
 
 
-@pytest.fixture(scope="module")
-def alone():
-    found = {}
-    for name, make in MODELS.items():
-        model = make()
-        found[name] = train(model)
-        found[name]["state"] = model.state_dict()
-    return found
+@cache
+def alone(name, places=1):
+    """The training in one process, which draws as that many processes do where the model draws at all."""
+    if name not in CHANCE and places > 1:
+        return alone(name)
+    model = MODELS[name]()
+    return train(model, places=places) | {"state": model.state_dict()}
 
 
 @pytest.mark.parametrize(("world", "cases"), [(4, FOUR), (2, TWO)], ids=["four", "two"])
-def test_a_training_over_processes_is_the_training_in_one(world, cases, alone):
+def test_a_training_over_processes_is_the_training_in_one(world, cases):
     found = in_processes(world, train_everywhere, cases, world)
     for at, (name, degrees, plan) in enumerate(cases):
-        want = alone[name]
         mesh = make_mesh(world, **degrees)
+        want = alone(name, world // mesh.tensor)
         for rank in range(world):
             got, where = found[rank][at], f"{name} {degrees} {plan}, process {rank}"
             same(got["logits"], want["logits"][slice(*got["part"])], f"logits, {where}")
@@ -156,7 +180,7 @@ def same(got, want, what, tolerance=1e-10):
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance, msg=lambda m: f"{what}: {m}")
 
 
-def test_the_comparison_has_idle_experts_a_silent_process_and_losses_that_move(alone):
+def test_the_comparison_has_idle_experts_a_silent_process_and_losses_that_move():
     for name, make in MODELS.items():
         model = make().train()
         ids, mask, labels = batch(0)
@@ -166,8 +190,42 @@ def test_the_comparison_has_idle_experts_a_silent_process_and_losses_that_move(a
         assert all(len(load.unique()) > 1 for load in loads), "uneven"
         if name == "pyramid":
             assert loads[1][3] == 0, "an expert without a token"
-        assert alone[name]["losses"][-1] < alone[name]["losses"][0]
+        assert alone(name)["losses"][-1] < alone(name)["losses"][0]
     assert PARTS[2:4] == [SILENT, SILENT + 1]
+
+
+def told(rank):
+    """Statistics of all experts that a process is told, and the numbers that it receives for them."""
+    found = {}
+    for name, slices in (("sparse", 1), ("sparse, full", 1), ("sparse, full", 2)):
+        model = parallelize_experts(MODELS[name](), make_mesh(2, expert=2 // slices, slices=slices))
+        experts = model.model.layers[1].mlp.experts
+        statistics = model.config.router_statistics
+        received, swap = [], dist.all_to_all_single
+
+        def counting(out, *args, received=received, swap=swap, **kwargs):
+            received.append(out.numel())
+            return swap(out, *args, **kwargs)
+
+        with torch.no_grad(), mock.patch.object(dist, "all_to_all_single", counting):
+            made = experts.gathered_statistics(*column_statistics(*inner_weights(experts.local_experts), statistics))
+        found[f"{name} {slices}"] = [*made, torch.tensor(sum(received))]
+    return found
+
+
+def test_processes_tell_each_other_means_and_variances_and_no_weights():
+    E, D = 4, TINY["hidden_size"]
+    numbers = {"sparse 1": 2 * E * (D + 1), "sparse, full 1": E * (D + D * D), "sparse, full 2": 2 * E * (D + D * D)}
+    for found in in_processes(2, told):
+        for key, (mean, spread, received) in found.items():
+            model = MODELS[key[:-2]]()
+            up, bias = inner_weights(model.model.layers[1].mlp.experts)
+            want = column_statistics(
+                up.detach(), None if bias is None else bias.detach(), model.config.router_statistics
+            )
+            same(mean, want[0], key, 1e-13)
+            same(spread, want[1], key, 1e-13)
+            assert received == numbers[key], key
 
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "gpt_oss")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parallel_models import even_model
+from parallel_models import MODELS, even_model, loss_of, replayed, start_chance
 from process_group import in_processes
 from tiny_models import tiny_model
 from torch.distributed.tensor import DTensor
@@ -13,35 +13,41 @@ from mixtura.lm.parallel import clip_gradients, gather_experts, make_mesh, reduc
 from mixtura.lm.parallel.forms import apply_plan, sliced_layers
 from mixtura.lm.parallel.gradients import expert_rules
 from mixtura.lm.parallel.training import ExpertParallel
-from mixtura.lm.training import language_loss
 
 FORMS = [
-    ("E", {"expert": 4}),
-    ("E+D", {"expert": 2}),
-    ("E+Z", {"expert": 4}),
-    ("E+D+Z", {"expert": 2}),
-    ("E+Z-Off", {"expert": 4}),
-    ("E+M", {"expert": 2, "tensor": 2}),
-    ("E+D+M", {"expert": 1, "tensor": 2}),
-    ("E+D+Z+M", {"expert": 1, "tensor": 2}),
+    ("even", "E", {"expert": 4}),
+    ("even", "E+D", {"expert": 2}),
+    ("even", "E+Z", {"expert": 4}),
+    ("even", "E+D+Z", {"expert": 2}),
+    ("even", "E+Z-Off", {"expert": 4}),
+    ("even", "E+M", {"expert": 2, "tensor": 2}),
+    ("even", "E+D+M", {"expert": 1, "tensor": 2}),
+    ("even", "E+D+Z+M", {"expert": 1, "tensor": 2}),
+    ("translator", "E+D+Z", {"expert": 2}),
+    ("translator", "E+D+Z+M", {"expert": 1, "tensor": 2}),
+    ("sparse", "E+Z", {"expert": 4}),
+    ("sparse", "E+D+Z", {"expert": 2}),
+    ("sparse", "E+D+Z+M", {"expert": 1, "tensor": 2}),
+    ("sparse, full", "E+D+Z", {"expert": 1}),
 ]
 ROWS = torch.randint(1, 40, (7, 5), generator=torch.Generator().manual_seed(5))
 
 
 def step(model, rows, shared):
-    loss = language_loss(model, rows, balance=0.5, z=0.1, shared=shared)
+    loss = loss_of(model.train(), rows, shared)
     loss.backward()
     return float(shared.sum(loss)) / shared.size
 
 
 def everywhere(rank):
     found = []
-    for form, degrees in FORMS:
+    for name, form, degrees in FORMS:
         mesh = make_mesh(4, **degrees)
         team = ExpertParallel(mesh, form=form)
-        model = even_model()
+        model = MODELS[name]()
         team.prepare(model)
         start = gather_experts(model)
+        start_chance(0, team.stream)
         loss = step(model, team.rows(ROWS), team.shared)
         reduce_gradients(model, mesh)
         norm = float(clip_gradients(model, mesh, 0.0))
@@ -56,39 +62,49 @@ def everywhere(rank):
     return found
 
 
+def alone(name, places):
+    """The step in one process, which draws as so many processes with rows of their own do."""
+    model, bounds = MODELS[name](), [0, *torch.tensor([len(t) for t in ROWS.tensor_split(places)]).cumsum(0).tolist()]
+    start = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with replayed(bounds, 0):
+        loss = step(model, ROWS, SharedBatch())
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")))
+    return {"loss": loss, "norm": norm, "gradients": gradients, "start": start}
+
+
 def test_every_form_has_the_loss_and_every_gradient_of_one_process():
-    alone = even_model()
-    start = alone.state_dict()
-    whole_experts = sum(p.numel() for n, p in alone.named_parameters() if ".experts." in n)
-    whole_rest = sum(p.numel() for p in alone.parameters()) - whole_experts
-    loss = step(alone, ROWS, SharedBatch())
-    want = {n: p.grad for n, p in alone.named_parameters()}
-    norm = float(torch.nn.utils.clip_grad_norm_(alone.parameters(), float("inf")))
-    # What no rule cuts over the tensor axis: norms and gates.
-    uncut = sum(p.numel() for n, p in alone.named_parameters() if "norm" in n or ".gate." in n)
-    for (form, degrees), *ranks in zip(FORMS, *in_processes(4, everywhere), strict=True):
+    for (name, form, degrees), *ranks in zip(FORMS, *in_processes(4, everywhere), strict=True):
         mesh = make_mesh(4, **degrees)
+        want = alone(name, 4 // mesh.tensor)
         for got in ranks:
-            torch.testing.assert_close(got["loss"], loss, rtol=1e-10, atol=1e-10)
-            torch.testing.assert_close(
-                got["norm"], norm, rtol=1e-10, atol=1e-10, msg=lambda m, form=form: f"{form}: {m}"
-            )
-            assert got["gradients"].keys() == want.keys()
-            for name, gradient in want.items():
+            for key in ("loss", "norm", "gradients"):
                 torch.testing.assert_close(
-                    got["gradients"][name],
-                    gradient,
-                    rtol=1e-10,
-                    atol=1e-10,
-                    msg=lambda m, at=(name, form): f"{at}: {m}",
+                    got[key], want[key], rtol=1e-10, atol=1e-10, msg=lambda m, at=(name, form, key): f"{at}: {m}"
                 )
-            assert got["start"].keys() == start.keys()
-            assert all(torch.equal(got["start"][name], tensor) for name, tensor in start.items())
-            rest = whole_rest if "M" not in form else uncut + (whole_rest - uncut) // 2
-            sharded = "Z" in form
-            assert got["rest"] == (rest // (4 // mesh.tensor) if sharded else rest), form
-            copies = mesh.expert_data if sharded else 1
-            assert got["experts"] == whole_experts // (mesh.owners * copies), form
+            assert got["start"].keys() == want["start"].keys()
+            assert all(torch.equal(got["start"][key], tensor) for key, tensor in want["start"].items())
+        shares(name, form, mesh, ranks)
+
+
+def shares(name, form, mesh, ranks):
+    """What the processes hold, all together, and for the model whose parts are equal each of them."""
+    model = MODELS[name]()
+    whole_experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
+    rest = sum(p.numel() for p in model.parameters()) - whole_experts
+    if mesh.tensor > 1:  # a matrix that a rule cuts is cut into halves, and its bias where its rows are
+        cut = [model.get_submodule(path) for path, style in sliced_layers(model, 2).items()]
+        biases = [
+            m.bias for m, s in zip(cut, sliced_layers(model, 2).values(), strict=True) if "Col" in type(s).__name__
+        ]
+        rest -= sum(m.weight.numel() for m in cut) // 2 + sum(b.numel() for b in biases if b is not None) // 2
+    sharded = "Z" in form
+    held = {key: [got[key] for got in ranks] for key in ("experts", "rest")}
+    assert sum(held["rest"]) == rest * (mesh.tensor if sharded else 4), (name, form)
+    copies = 1 if sharded else mesh.expert_data
+    assert sum(held["experts"]) == whole_experts * copies, (name, form)
+    if name == "even":
+        assert {key: len(set(numbers)) for key, numbers in held.items()} == {"experts": 1, "rest": 1}, (name, form)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 
 import pytest
 import torch
-from parallel_models import MODELS, even_model
+from parallel_models import FREE, even_model, loss_of
 from process_group import in_processes
 from tiny_models import tiny_config
 from transformers import AutoModelForCausalLM
@@ -21,26 +21,27 @@ from mixtura.lm.training import language_loss, train
 
 ROWS, LENGTH = 6, 5  # six rows over four processes: 2, 2, 1, 1
 CONFIG = TrainConfig(steps=20, lr=0.01, clip=0.05, checkpoint_every=10)
+SHORT = TrainConfig(steps=9, lr=0.01, clip=0.05, checkpoint_every=3)
 
 
 def rows_at(step):
     return torch.randint(1, 40, (ROWS, LENGTH), generator=torch.Generator().manual_seed(step))
 
 
-def run(name, team=None, out=None, stop=None, spoil=None):
+def run(name, team=None, out=None, stop=None, spoil=None, config=CONFIG):
     """Losses and the whole model's weights after a training, in float64."""
-    model = MODELS[name]()
+    model = FREE[name]()
 
     def loss_at(step):
         rows = rows_at(step)
         if spoil is not None:
             spoil(step)
         part = rows if team is None else team.rows(rows)
-        return language_loss(model, part, balance=0.5, z=0.1, shared=SharedBatch() if team is None else team.shared)
+        return loss_of(model, part, SharedBatch() if team is None else team.shared)
 
     if team is not None:
         team.prepare(model)
-    history = fit(model, loss_at, CONFIG, out=out, stop=stop, team=team)
+    history = fit(model, loss_at, config, out=out, stop=stop, team=team)
     state = model.state_dict() if team is None else team.state(model)
     return {"losses": history.losses, "resumed": history.resumed_at, "state": state}
 
@@ -69,7 +70,7 @@ def everywhere(rank, folder):
 
 
 def test_a_run_of_20_steps_goes_on_from_one_process_to_four_between_layouts_and_back(tmp_path):
-    want = {name: run(name) for name in MODELS}
+    want = {name: run(name) for name in ("even", "pyramid")}
     for i, (name, *_) in enumerate(LAYOUTS):
         run(name, out=tmp_path / f"one-to-four-{i}", stop=10)
     found = in_processes(4, everywhere, tmp_path)
@@ -83,6 +84,60 @@ def test_a_run_of_20_steps_goes_on_from_one_process_to_four_between_layouts_and_
     again = run("even", out=tmp_path / "begun")
     assert again["resumed"] == 10
     same_state(again["state"], want["even"]["state"], "alone")
+
+
+CHAINS = {  # one process begins, four go on, and then others, or one again
+    "translator": [({"expert": 2}, "E+D+Z"), ({"expert": 4}, "E+D")],
+    "sparse": [({"expert": 2}, "E+D+Z"), ({"expert": 1, "tensor": 2}, "E+D+Z+M")],
+}
+
+
+def chained(rank, folder):
+    found = {}
+    for name, ((degrees, form), (other, other_form)) in CHAINS.items():
+        run(name, ExpertParallel(make_mesh(4, **degrees), form=form), folder / name, stop=6, config=SHORT)
+        team = ExpertParallel(make_mesh(4, **other), form=other_form)
+        if rank == 0:
+            shutil.copytree(folder / name, folder / f"{name}-between")
+        team.wait()
+        found[name] = run(name, team, folder / f"{name}-between", config=SHORT)
+    return found
+
+
+def test_a_translator_and_a_model_whose_router_reads_experts_go_on_from_layout_to_layout(tmp_path):
+    for name in CHAINS:
+        run(name, out=tmp_path / name, stop=3, config=SHORT)
+    found = in_processes(4, chained, tmp_path)
+    for name in CHAINS:
+        whole, again = run(name, config=SHORT), run(name, out=tmp_path / name, config=SHORT)
+        assert [rank[name]["resumed"] for rank in found] == [6] * 4 and again["resumed"] == 6
+        for got in (*(rank[name] for rank in found), again):
+            torch.testing.assert_close(
+                got["losses"], whole["losses"], rtol=1e-9, atol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
+            )
+        same_state(found[0][name]["state"], whole["state"], name)
+        same_state(again["state"], whole["state"], f"{name}, alone again")
+
+
+def draws(team=None):
+    model, drawn = torch.nn.Linear(2, 1), []
+
+    def loss_at(step):
+        drawn.append(torch.rand(3))
+        return model(torch.ones(1, 2)).sum()
+
+    fit(model, loss_at, TrainConfig(steps=2, lr=0.01), team=team)
+    return torch.stack(drawn)
+
+
+def draws_everywhere(rank):
+    return draws(ExpertParallel(make_mesh(4, tensor=2)))
+
+
+def test_processes_draw_alike_only_where_they_hold_the_same_rows():
+    first, beside, other, last = in_processes(4, draws_everywhere)
+    assert torch.equal(first, draws()) and torch.equal(first, beside) and torch.equal(other, last)
+    assert not (first == other).any() and not (first[0] == first[1]).any()
 
 
 def same_state(got, want, what):

@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from parallel_models import even_model
+from parallel_models import FREE, loss_of
 from process_group import in_processes
 
 from mixtura.core.shared_batch import SharedBatch
@@ -13,22 +13,25 @@ from mixtura.lm.parallel import make_mesh
 from mixtura.lm.parallel.sharded_experts import sharded_layers
 from mixtura.lm.parallel.sharded_training import Sharded
 from mixtura.lm.parallel.training import ExpertParallel
-from mixtura.lm.training import language_loss
 
 CONFIG = TrainConfig(steps=16, lr=0.01, clip=0.05, checkpoint_every=8)
 
 
-def run(team=None, out=None, stop=None):
-    model = even_model()
-    with torch.no_grad():  # most tokens want one expert
-        model.model.layers[1].mlp.gate.weight[0] *= 8
+OTHERS = ("translator", "sparse")
+
+
+def run(team=None, out=None, stop=None, name="even"):
+    model = FREE[name](**{} if name == "even" else {"num_experts": 4})
+    if name == "even":
+        with torch.no_grad():  # most tokens want one expert
+            model.model.layers[1].mlp.gate.weight[0] *= 8
     shared = SharedBatch() if team is None else team.shared
     owners, copies = set(), 0
 
     def loss_at(step):
         nonlocal copies
         rows = torch.randint(1, 40, (6, 5), generator=torch.Generator().manual_seed(step))
-        loss = language_loss(model, rows if team is None else team.rows(rows), balance=0.5, z=0.1, shared=shared)
+        loss = loss_of(model, rows if team is None else team.rows(rows), shared)
         for layer in sharded_layers(model):
             owners.add(str(layer.owners.tolist()))
             copies += int((layer.placement & ~layer.owners).sum())
@@ -56,25 +59,29 @@ def everywhere(rank, folder):
     team.wait()
     made.append(run(team, folder / "apart"))
     made.append(run(Sharded(make_mesh(4), every=2), folder / "alone"))  # measured: room, and what travels meanwhile
+    made += [
+        run(Sharded(make_mesh(4, node=2), overlap=1, capacity=1, every=3, free=True), name=name) for name in OTHERS
+    ]
     return made
 
 
 def test_sharded_training_is_that_of_one_process_and_layouts_may_change(tmp_path):
-    want = run()
+    wanted = [run()] * 4 + [run(name=name) for name in OTHERS]
     run(out=tmp_path / "alone", stop=8)
     found = in_processes(4, everywhere, tmp_path)
-    for at, results in enumerate(zip(*found, strict=True)):
+    for at, (want, *results) in enumerate(zip(wanted, *found, strict=True)):
         for got in results:
             torch.testing.assert_close(got["losses"], want["losses"][: len(got["losses"])], rtol=1e-9, atol=1e-9)
         if at == 1:
             continue  # half a run
         for key, tensor in want["state"].items():
             torch.testing.assert_close(results[0]["state"][key], tensor, rtol=1e-9, atol=1e-9, msg=f"{key}, {at}")
-    whole, half, *_ = found[0]
+    whole, half, _, _, *others = found[0]
     assert whole["copies"] > 10 and half["copies"] > 4
+    assert all(made["copies"] > 10 and made["owners"] > 1 for made in others)
     assert whole["owners"] > 1, "experts changed owners while it trained"
     again = run(out=tmp_path / "begun")
-    for key, tensor in want["state"].items():
+    for key, tensor in wanted[0]["state"].items():
         torch.testing.assert_close(again["state"][key], tensor, rtol=1e-9, atol=1e-9, msg=f"{key}, alone again")
 
 

@@ -11,9 +11,6 @@ from mixtura.lm.compress.api import compress
 from mixtura.lm.cost import model_size
 from mixtura.lm.decode.routing import RoutingRule, routed
 from mixtura.lm.model import MixturaConfig, MixturaForCausalLM
-from mixtura.lm.parallel.experts import parallelize_experts
-from mixtura.lm.parallel.mesh import ExpertMesh
-from mixtura.lm.parallel.sharded_experts import shard_experts
 from mixtura.lm.training import language_loss
 from mixtura.lm.upcycle import segment, upcycle
 from mixtura.lm.wide_sparse import WideSparseMoE
@@ -197,14 +194,6 @@ def test_a_gated_model_is_converted_when_asked_to():
         (lambda: upcycle(neox(), method="interpretable", router="soft"), r"router must be one of \['linear', 'spars"),
         (lambda: model().save_pretrained("x", family="mixtral"), "cannot express .*"),
         (lambda: segment(model(), 2), "has no rows to repeat"),
-        (
-            lambda: parallelize_experts(model(), ExpertMesh(world=1, expert=1)),
-            "router='sparsity' reads the weights of all experts",
-        ),
-        (
-            lambda: shard_experts(model(), ExpertMesh(world=1, expert=1)),
-            "router='sparsity' reads the weights of all experts",
-        ),
         (lambda: compress(model(), None, ["a"]), "mc-moe packs the experts, whose weights the router"),
     ],
 )

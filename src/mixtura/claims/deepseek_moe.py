@@ -200,7 +200,7 @@ def _concept_arm(sizes: Sizes, task: ConceptMixture, arm: Arm, seed: int) -> dic
     }
     lr = min(tried, key=lambda rate: tried[rate])
     layer = _concept_layer(sizes, task, arm, lr, seed)
-    n = layer.gate.n_experts
+    n = matched(sizes.concept_hidden, sizes.experts, sizes.active, split=arm.split, shared=arm.shared).routed
     banned = {f"{share:g}": _error(layer, task, TEST, round(share * n), arm, sizes) for share in BANNED}
     return {
         "lr": lr,

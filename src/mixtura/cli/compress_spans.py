@@ -46,12 +46,12 @@ def compress_spans(
     domains = domains_of(text) if plan is None else {}
     # Reading each text, its answer token by token, and one pass forward and back.
     tokens = 0 if plan is not None else sum(4 * length + 3 * ANSWER for length in wanted) * options["samples"]
-    say(
-        f"give {source} spans that keep {100 * span:.0f} % of the cache: "
-        f"{cost.estimate(size, bytes_per_parameter=2.0, forward_tokens=tokens, extra_memory=4 * size.total)}"
-        if plan is None
-        else f"give {source} the spans of {plan}: {cost.estimate(size)}"
-    )
+    # Weights are written as they came: packed ones stay packed.
+    stored = (loading.directory_bytes(source) if Path(source).is_dir() else 0) or 2 * size.total
+    extra = 4 * size.total if plan is None else 0
+    work = cost.estimate(size, bytes_per_parameter=stored / size.total, forward_tokens=tokens, extra_memory=extra)
+    what = f"spans that keep {100 * span:.0f} % of the cache" if plan is None else f"the spans of {plan}"
+    say(f"give {source} {what}: {work}")
     if dry_run:
         return
     model, tokenizer = loading.load(source, device=device)
@@ -63,9 +63,9 @@ def compress_spans(
             made = SpanPlan.from_json(plan)
         small = convert(model, made, inplace=True)
     longest = made.longest or max(wanted)
-    stored = getattr(config, "dtype", None)
-    if stored is not None and not isinstance(stored, str):
-        small = small.to(stored)
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not isinstance(dtype, str):
+        small = small.to(dtype)
     card = {
         "title": out.name,
         "base": [source],

@@ -255,6 +255,7 @@ def train(
 
     An interrupted run leaves its last checkpoint beside the output; the same command goes on from there, also with another
     number of processes: started by torchrun, several processes train one model, each with its part of the rows and experts.
+    That holds for decoders and for the encoder-decoder.
 
     Examples:
 

@@ -1,6 +1,5 @@
 """What ``train`` and ``prune`` do with the encoder-decoder: pairs in, a translator of many languages out."""
 
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from mixtura.core.checkpoint import read_json
 
 if TYPE_CHECKING:
     from mixtura.lm.multitask import TaskMixture
+    from mixtura.lm.parallel.training import ExpertParallel
 
 __all__ = ["MODEL_TYPE", "is_multitask", "measured", "mixture_of", "texts_of", "train_multitask"]
 
@@ -107,18 +107,35 @@ def train_multitask(
     parallel: str | None = None,
 ) -> None:
     """Train a new or an old encoder-decoder on pairs; an unfinished run's state stands in ``out.state``."""
-    from mixtura.core.training import TrainConfig, fit
-    from mixtura.lm import cost, loading
+    from mixtura.cli.train_parallel import team_of
 
     check_device(device)
-    new = source.endswith(".json")
-    if not new:
+    if not source.endswith(".json"):
         check_writable(out, [source])
-    if parallel or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("the encoder-decoder is trained by one process here; leave --parallel and torchrun away")
     if options["trainable"] != "all" or "masks" in options:
         raise ValueError("--trainable and --masks are for decoders; the encoder-decoder trains as a whole")
-    train, held, mono = texts_of(text)
+    with team_of(parallel, device, say) as (team, device, say):
+        _train(source, out, text, options, team, device=device, dry_run=dry_run, command=command, say=say)
+
+
+def _train(
+    source: str,
+    out: Path,
+    text: Sequence[Path] | None,
+    options: Mapping[str, Any],
+    team: "ExpertParallel | None",
+    *,
+    device: str,
+    dry_run: bool,
+    command: str,
+    say: Say,
+) -> None:
+    from mixtura.core.training import TrainConfig, fit
+    from mixtura.lm import cost, loading
+    from mixtura.lm.model import MultitaskMoEForConditionalGeneration
+
+    new, leads = source.endswith(".json"), team is None or team.leads
+    train, held, mono = _read(team, text)
     tokens = 2 * options["steps"] * options["batch_size"] * options["length"]
     languages = sorted({language for pair in train for language in pair} | set(mono))
     if new:
@@ -135,11 +152,16 @@ def train_multitask(
     mixture = mixture_of(tokenizer, train, mono, **shape)
     watched = mixture_of(tokenizer, held, {}, **shape)
     model = model.to(device)
-    before = measured(model, watched)
+    before = measured(model, watched) if leads else {}
+    if team is not None:
+        _agree(team, mixture, model)
+        team.prepare(model)
+    shared = None if team is None else team.shared
 
     def loss_at(step: int) -> torch.Tensor:
-        batch = {name: t.to(device) for name, t in mixture.batch_at(step).items()}
-        loss: torch.Tensor = model(**batch, use_cache=False).loss
+        rows = mixture.batch_at(step)
+        batch = {name: (t if team is None else team.rows(t)).to(device) for name, t in rows.items()}
+        loss: torch.Tensor = model(**batch, use_cache=False, shared_batch=shared).loss
         return loss
 
     state = out.with_name(f"{out.name}.state")
@@ -147,7 +169,13 @@ def train_multitask(
     config = TrainConfig(
         steps=options["steps"], lr=options["lr"], checkpoint_every=options["checkpoint_every"], seed=options["seed"]
     )
-    history = fit(model, loss_at, config, out=state, resume=options["resume"], label="train", describe=facts)
+    history = fit(model, loss_at, config, out=state, resume=options["resume"], label="train", describe=facts, team=team)
+    if team is not None:
+        trained = team.state(model)
+        if not leads:
+            return
+        model = MultitaskMoEForConditionalGeneration(model.config).to(device)
+        model.load_state_dict(trained)
     if history.resumed_at:
         say(f"went on from step {history.resumed_at}")
     after = measured(model, watched)
@@ -155,10 +183,11 @@ def train_multitask(
     for name, loss in after.items():
         figures[f"held-out nats a token, {name}"] = f"{before[name]:.2f} -> {loss:.2f}"
         say(f"{name}: held-out nats a token {before[name]:.2f} -> {loss:.2f}")
+    how = "" if team is None else f", by {team}"
     card = {
         "title": out.name,
         "base": ["random weights" if new else source],
-        "recipe": f"Trained with mixtura to translate and to repair text in {', '.join(languages)}.",
+        "recipe": f"Trained with mixtura to translate and to repair text in {', '.join(languages)}{how}.",
         "data": f"up to {tokens:,} tokens of {pairs}",
         "command": command,
         "figures": figures,
@@ -168,6 +197,29 @@ def train_multitask(
     loading.save(model.to(torch.bfloat16), tokenizer, out, card=card)
     shutil.rmtree(state, ignore_errors=True)
     say(f"{out} is written; translate with mixtura.lm.multitask.translate")
+
+
+def _read(team: "ExpertParallel | None", text: Sequence[Path] | None) -> Texts:
+    """The texts; what is not on this machine yet the first process fetches, and the others find it."""
+    if team is None:
+        return texts_of(text)
+    if not team.leads:
+        team.wait()
+        return texts_of(text)
+    try:
+        return texts_of(text)
+    finally:
+        team.wait()
+
+
+def _agree(team: "ExpertParallel", mixture: "TaskMixture", model: torch.nn.Module) -> None:
+    """Make sure that all processes hold the same texts and the same model, and that a batch has rows for each of them."""
+    batches = [t for step in range(len(mixture.tasks)) for t in mixture.batch_at(step).values()]
+    team.rows(batches[0])
+    texts = [torch.cat(side) for part in mixture.pairs.values() for side in part]
+    texts += [torch.cat(part) for part in mixture.mono.values()]
+    team.agree("the data", *batches, *texts)
+    team.agree("the model", *model.state_dict().values())
 
 
 def usage(out: Path, language: str) -> str:

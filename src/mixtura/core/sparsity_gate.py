@@ -15,6 +15,7 @@ Source: MoE-X (2503.07639), eq. 9-11.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,9 +25,11 @@ from torch.autograd.function import once_differentiable
 
 from mixtura.core.gates import Routing, top_k
 
-__all__ = ["SparsityAwareGate", "Statistics", "column_statistics", "expected_active", "sparsity_scores"]
+__all__ = ["Gather", "SparsityAwareGate", "Statistics", "column_statistics", "expected_active", "sparsity_scores"]
 
 Statistics = Literal["diagonal", "full"]
+# Means and variances of the experts that are here -> those of all experts, with gradients.
+Gather = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 EPS = 1e-6  # added to a variance before its square root
 
 
@@ -110,8 +113,13 @@ class SparsityAwareGate(nn.Module):
         self.statistics = statistics
         self._kept: tuple[tuple[object, ...], Tensor, Tensor] | None = None
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, gather: Gather | None = None
+    ) -> Routing:
         """Routing of x (..., D), tokens flattened, over experts of weight (E, H, D) and bias (E, H).
+
+        Where the weights are those of a part of the experts, ``gather`` makes of their statistics (`column_statistics`) those
+        of all. It is called in every pass, and nothing is kept.
 
         Raises:
             ValueError: k above the experts, shapes that do not fit, or scores that are NaN; the experts are named.
@@ -119,7 +127,10 @@ class SparsityAwareGate(nn.Module):
         x_TD = x.reshape(-1, x.shape[-1])
         _check(x_TD, weight, bias, self.statistics)
         with torch.autocast(x.device.type, enabled=False):
-            mean_ED, spread = self._statistics(weight, bias)
+            if gather is None:
+                mean_ED, spread = self._statistics(weight, bias)
+            else:
+                mean_ED, spread = gather(*column_statistics(weight, bias, self.statistics))
             scores_TE = _scores(x_TD, mean_ED, spread, biased=bias is not None)
         if bool(scores_TE.isnan().any()):
             bad = scores_TE.isnan().any(0).nonzero().flatten().tolist()

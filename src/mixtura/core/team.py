@@ -17,6 +17,7 @@ class Alone:
     """One process, which holds all parameters."""
 
     leads = True  # whether this process writes checkpoints and shows progress
+    stream = 0  # number of the stream of chance that it draws from; other rows want another
 
     def name(self, name: str) -> str:
         """Name of a parameter in a checkpoint, which is that of one process."""

@@ -232,10 +232,10 @@ def _step(
     total = 0.0
     for part in range(config.accumulate):
         index = step * config.accumulate + part
-        loss = _seeded(loss_at, index, config.seed) / config.accumulate
+        loss = _seeded(loss_at, index, config.seed, team.stream) / config.accumulate
         value = team.mean(loss).item()
         if not math.isfinite(value):
-            layer = first_not_finite(model, partial(_seeded, loss_at, index, config.seed), team)
+            layer = first_not_finite(model, partial(_seeded, loss_at, index, config.seed, team.stream), team)
             raise NonFiniteLoss(
                 f"the loss became {value} at step {step}; lower lr={config.lr:g} or lengthen the warm-up"
                 + (f"; it shows first in {layer}" if layer else "")
@@ -262,15 +262,17 @@ def _finite(gradient: Tensor) -> bool:
     return bool(local.isfinite().all())
 
 
-def _seeded(loss_at: Callable[[int], Tensor], index: int, seed: int) -> Tensor:
+def _seeded(loss_at: Callable[[int], Tensor], index: int, seed: int, stream: int) -> Tensor:
     # Dropout and routing noise draw from a stream of their own step, so a resumed run draws what an unbroken one drew,
     # and the caller's generator is left where it was.
+    # Streams lie far apart in the 32 bits that the generator reads: the golden ratio times 2^32.
+    number = seed * 1_000_003 + index + stream * 0x9E3779B1
     with torch.random.fork_rng():
         if torch.accelerator.is_available():
-            torch.manual_seed(seed * 1_000_003 + index)
+            torch.manual_seed(number)
         else:
             # The same stream; manual_seed would format three stack traces for devices that are not there, about 1 ms.
-            torch.default_generator.manual_seed(seed * 1_000_003 + index)
+            torch.default_generator.manual_seed(number)
         return loss_at(index)
 
 

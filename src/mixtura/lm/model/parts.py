@@ -17,7 +17,7 @@ from transformers.integrations import use_experts_implementation
 
 from mixtura.core.capacity import CapacityPolicy, capacity
 from mixtura.core.gates import Routing, limit_capacity, top_k
-from mixtura.core.sparsity_gate import SparsityAwareGate, Statistics
+from mixtura.core.sparsity_gate import Gather, SparsityAwareGate, Statistics
 from mixtura.lm.model.config import MixturaConfig
 
 __all__ = [
@@ -139,9 +139,14 @@ class SparsityRouter(MixturaRouter):
         self.register_parameter("weight", None)
         self.sparsity = SparsityAwareGate(self.top_k, statistics=cast(Statistics, config.router_statistics))
 
-    def forward(self, x: Tensor, up: Tensor, up_bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """x (..., D), experts' input matrices (E, H, D) and biases (E, H) -> scores (T, E), weights and indices (T, K)."""
-        routing = self._limited(self.sparsity(x, up, up_bias))
+    def forward(  # type: ignore[override]
+        self, x: Tensor, up: Tensor, up_bias: Tensor | None = None, *, gather: Gather | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x (..., D), experts' input matrices (E, H, D) and biases (E, H) -> scores (T, E), weights and indices (T, K).
+
+        Of experts that lie in several processes the matrices are those of this one, and ``gather`` asks the others.
+        """
+        routing = self._limited(self.sparsity(x, up, up_bias, gather=gather))
         return routing.logits, routing.weights.to(x.dtype), routing.indices
 
 
@@ -263,8 +268,12 @@ class ExpertsBlock(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
-        reads = inner_weights(self.experts) if isinstance(self.gate, SparsityRouter) else ()
-        _, weights_TK, indices_TK = self.gate(x_TD, *reads)
+        if isinstance(self.gate, SparsityRouter):
+            own = getattr(self.experts, "local_experts", self.experts)  # of a model spread over processes
+            gather = getattr(self.experts, "gathered_statistics", None)
+            _, weights_TK, indices_TK = self.gate(x_TD, *inner_weights(own), gather=gather)
+        else:
+            _, weights_TK, indices_TK = self.gate(x_TD)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)

@@ -28,7 +28,17 @@ from torch import Tensor
 
 from mixtura.lm.parallel.mesh import ExpertMesh
 
-__all__ = ["PLANS", "Cost", "Exchanged", "Plan", "blocks_transposed", "exchange", "exchange_cost", "swap_rows"]
+__all__ = [
+    "PLANS",
+    "Cost",
+    "Exchanged",
+    "Plan",
+    "blocks_transposed",
+    "exchange",
+    "exchange_cost",
+    "gathered_rows",
+    "swap_rows",
+]
 
 Plan = Literal["direct", "coordinated", "hierarchical"]
 PLANS: tuple[Plan, ...] = ("direct", "coordinated", "hierarchical")
@@ -188,8 +198,7 @@ class _Spread:
         self.lengths, self.own, self.group = lengths, own, group
 
     def there(self, rows: Tensor) -> Tensor:
-        copies = rows.repeat(len(self.lengths), *[1] * (rows.dim() - 1))
-        return swap_rows(copies, [self.own] * len(self.lengths), self.lengths, self.group)
+        return gathered_rows(rows, self.lengths, self.group)
 
     def back(self, rows: Tensor) -> Tensor:
         parts = swap_rows(rows, self.lengths, [self.own] * len(self.lengths), self.group)
@@ -258,6 +267,26 @@ def swap_rows(rows: Tensor, send: list[int], receive: list[int], group: Group) -
     """
     swapped: Tensor = _Swapped.apply(rows, send, receive, group)
     return swapped
+
+
+def gathered_rows(rows: Tensor, lengths: list[int], group: Group, *, repeated: bool = False) -> Tensor:
+    """The rows of all processes of a group, in the order of ranks. Collective.
+
+    Args:
+        rows: shape (S, ...), this process's.
+        lengths: numbers of rows of each.
+        group: their process group; None: this process alone.
+        repeated: all of them do the same with the rows, so that the gradient of one is that of all; otherwise the gradients
+            of what each does are summed.
+    Returns:
+        Shape (sum of lengths, ...).
+    """
+    if group is None:
+        return rows
+    if repeated:
+        return _Share(lengths, dist.get_rank(group), group).back(rows)
+    copies = rows.repeat(len(lengths), *[1] * (rows.dim() - 1))
+    return swap_rows(copies, [len(rows)] * len(lengths), lengths, group)
 
 
 Step = _Order | _Swap | _Spread | _Share

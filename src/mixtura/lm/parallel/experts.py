@@ -2,7 +2,8 @@
 
 `parallelize_experts` looks for stacked experts called with ``(hidden_states, top_k_index, top_k_weights)``, as transformers'
 families and our own decoder do, and leaves in each process the experts, or the slices of experts, that its place in the
-mesh names. Gates stay whole in every process. How a local expert computes stays the module's own business.
+mesh names. Gates stay whole in every process; one that reads the experts' weights is told their means and variances by those
+that hold them. How a local expert computes stays the module's own business.
 
 Shapes: T tokens, D width, H hidden, E experts, K experts a token visits, S = T K pairs.
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from mixtura.lm.anatomy import find_moe
-from mixtura.lm.parallel.exchange import PLANS, Plan, exchange
+from mixtura.lm.parallel.exchange import PLANS, Plan, exchange, gathered_rows
 from mixtura.lm.parallel.mesh import ExpertMesh
 
 __all__ = ["ParallelExperts", "gather_experts", "parallel_experts", "parallelize_experts", "single_name"]
@@ -109,6 +110,34 @@ class ParallelExperts(nn.Module):
         places = torch.arange(len(counts), device=rows.device).repeat_interleave(counts).unsqueeze(-1)
         y: Tensor = self.local_experts(rows, places, torch.ones_like(places, dtype=rows.dtype))
         return y
+
+    def gathered_statistics(self, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+        """What a gate that reads the experts' weights needs of those that lie elsewhere. Collective.
+
+        Args:
+            mean, spread: of this process's part of its experts, as `sparsity_gate.column_statistics` gives them.
+        Returns:
+            Of all experts, the same in every process. Gradients go to those that hold the weights, for the rows of all.
+        """
+        parts, group = self.mesh.slices, self.mesh.group("slice")
+        if parts > 1:  # equally many hidden units each: the variance within slices, and that between them
+            means = gathered_rows(mean[None], [1] * parts, group)
+            spreads = gathered_rows(spread[None], [1] * parts, group)
+            mean = means.mean(0)
+            off = means - mean
+            between = off.square() if spread.dim() == mean.dim() else off.unsqueeze(-1) * off.unsqueeze(-2)
+            spread = (spreads + between).mean(0)
+        both = torch.cat([mean, spread.flatten(1)], dim=1)
+        return _unpacked(self._of_all(both), mean, spread)
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        """(E / owners, ...), a row for each own expert -> (E, ...). Collective."""
+        mesh, n = self.mesh, len(own)
+        if self.plan != "coordinated":
+            return gathered_rows(own, [n] * mesh.owners, mesh.group("owners"))
+        # Tensor ranks do the same with them, and under this plan an expert's gradient counts their rows once.
+        own = gathered_rows(own, [n] * mesh.tensor, mesh.group("tensor"), repeated=True)
+        return gathered_rows(own, [len(own)] * mesh.expert, mesh.group("expert"))
 
     def part(self, name: str, whole: Tensor) -> Tensor:
         """This process's part of a tensor shaped like the whole parameter ``name``; a view where it can be one."""
@@ -213,8 +242,6 @@ def parallelize_experts(model: Model, mesh: ExpertMesh, *, slices: int | None = 
     blocks = find_moe(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no mixture layers, so it has no experts to spread")
-    if any(getattr(block.gate, "reads_experts", False) for block in blocks):
-        raise ValueError("router='sparsity' reads the weights of all experts, so they have to be in every process")
     if any(isinstance(block.experts, ParallelExperts) for block in blocks):
         raise ValueError("the model's experts are spread over processes already")
     meshes = {}
@@ -258,6 +285,11 @@ def gather_experts(model: nn.Module) -> dict[str, Tensor]:
         whole = module.whole(last, tensor) if module is not None and last in module.stacked else tensor
         found[name if module is None else f"{path}.{last}"] = whole
     return found
+
+
+def _unpacked(both: Tensor, mean: Tensor, spread: Tensor) -> tuple[Tensor, Tensor]:
+    means, spreads = both.tensor_split([mean.shape[1]], dim=1)
+    return means, spreads.reshape(len(both), *spread.shape[1:])
 
 
 def _all_gathered(part: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:

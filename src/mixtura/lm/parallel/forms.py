@@ -12,6 +12,7 @@ Source: 2109.10465, sec. 3.1 (multi-dimensional parallelism), table of the forms
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, TypeVar
 
 from torch import nn
@@ -74,19 +75,28 @@ def shard(model: nn.Module, data: DeviceMesh, **options: Any) -> None:
         data: one axis named ``data``, of the processes that hold other rows each.
         options: for ``fully_shard``.
     """
-    for _, experts in list(parallel_experts(model)):
-        module: Any = experts
-        if module.mesh.expert_data > 1:
-            copies = module.mesh.device_mesh(data.device_type)["expert_data"]
-            fully_shard(module, mesh=copies, reshard_after_forward=False, **options)
-            module.set_gradient_divide_factor(module.divisor)  # not by the copies alone: the gradient rule
-            module.set_force_sum_reduction_for_comms(True)  # a sum that is divided: gloo cannot scale while it sums
+    # Nothing here changes an output in place, which FSDP fears wherever one is a view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     rest: dict[str, Any] = {
         "mesh": data,
         "ignored_params": {p for p, rule in expert_rules(model).items() if rule.copies == 1},
         "reshard_after_forward": False,  # weights stay whole between forward and backward: ZeRO-2
         **options,
     }
+    for path, experts in list(parallel_experts(model)):
+        if experts.mesh.expert_data > 1:
+            copies = experts.mesh.device_mesh(data.device_type)["expert_data"]
+            unit: Any = experts
+            block: Any = model.get_submodule(path.rpartition(".")[0])
+            if getattr(getattr(block, "gate", None), "reads_experts", False):
+                # Gradients of a unit travel when its backward pass is over, and here that of the gate brings some, too.
+                unit = block
+                for child in block.children():
+                    if child is not experts and next(child.parameters(), None) is not None:
+                        fully_shard(child, **rest)
+            fully_shard(unit, mesh=copies, reshard_after_forward=False, **options)
+            unit.set_gradient_divide_factor(experts.divisor)  # not by the copies alone: the gradient rule
+            unit.set_force_sum_reduction_for_comms(True)  # a sum that is divided: gloo cannot scale while it sums
     units = set(getattr(model, "_no_split_modules", None) or ())
     for module in list(model.modules()):
         if type(module).__name__ in units:

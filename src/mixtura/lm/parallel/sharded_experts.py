@@ -28,7 +28,7 @@ from torch.func import functional_call
 from mixtura.lm.anatomy import find_moe
 from mixtura.lm.parallel import links
 from mixtura.lm.parallel.cluster import Cluster
-from mixtura.lm.parallel.exchange import blocks_transposed, swap_rows
+from mixtura.lm.parallel.exchange import blocks_transposed, gathered_rows, swap_rows
 from mixtura.lm.parallel.experts import ParallelExperts, parallel_experts
 from mixtura.lm.parallel.mesh import ExpertMesh
 from mixtura.lm.parallel.passing_copies import Copies, FetchAgain, Flights, Materialize
@@ -118,8 +118,15 @@ class FullyShardedExperts(ParallelExperts):
         parts = [torch.empty_like(padded) for _ in counts]
         dist.all_gather(parts, padded, group=group)
         rows = torch.cat([p[:n] for p, n in zip(parts, counts.tolist(), strict=True)])
-        order = self.owners.T.nonzero()[:, 1].to(rows.device)  # the expert in each of those rows
-        return torch.empty_like(rows).index_copy_(0, order, rows)
+        return rows.index_select(0, self._order().to(rows.device))
+
+    def _of_all(self, own: Tensor) -> Tensor:
+        rows = gathered_rows(own, self.owners.sum(0).tolist(), self.mesh.group("world"))
+        return rows.index_select(0, self._order().to(rows.device))
+
+    def _order(self) -> Tensor:
+        """Where each expert stands when the owners lay theirs down one after another, (E,)."""
+        return self.owners.T.nonzero()[:, 1].argsort()
 
     def set_out(self) -> None:
         """Plan the copies of the coming pass, and start to send them. Collective; done anyway if nobody called it before."""
@@ -342,8 +349,6 @@ def shard_experts(
     blocks = find_moe(model)
     if not blocks:
         raise ValueError(f"{type(model).__name__} has no mixture layers, so it has no experts to shard")
-    if any(getattr(block.gate, "reads_experts", False) for block in blocks):
-        raise ValueError("router='sparsity' reads the weights of all experts, so they have to be in every process")
     for block in blocks:
         if block.n_experts % mesh.world:
             raise ValueError(f"{block.name}: {block.n_experts} experts do not divide over {mesh.world} processes")

@@ -81,12 +81,14 @@ class ExpertParallel(Alone):
 
     Attributes:
         shared: for losses: the processes hold parts of one batch.
+        stream: number of the rows that this process holds, and of its stream of chance.
     """
 
     def __init__(self, mesh: ExpertMesh, *, plan: Plan | None = None, form: str | None = None) -> None:
         self.mesh, self.plan = mesh, plan
         self.form = form or ("E+D+Z+M" if mesh.tensor > 1 else "E+D+Z")
         self.leads = mesh.rank == 0
+        self.stream = mesh.rank // mesh.tensor  # tensor ranks hold the same tokens, and must drop the same
         self.shared = SharedBatch()
         self._world = mesh.group("world")
         self._modules: dict[str, ParallelExperts] = {}
@@ -114,7 +116,7 @@ class ExpertParallel(Alone):
             raise ValueError(
                 f"a batch of {len(batch)} rows does not reach {places} processes; give at least {places} rows"
             )
-        return batch.tensor_split(places)[self.mesh.rank // self.mesh.tensor]
+        return batch.tensor_split(places)[self.stream]
 
     def agree(self, what: str, *tensors: Tensor) -> None:
         """Make sure that all processes hold the same tensors.
