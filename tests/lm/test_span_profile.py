@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from process_group import in_processes
 from torch.nn import functional as F
 
 from mixtura.lm.attention import span_profile
@@ -84,6 +85,27 @@ def test_a_profile_sums_query_heads_and_leaves_the_model_as_it_was(tiny_dense):
     assert (found[40] >= 0).all() and float(found[40].triu(1).sum()) == 0 and float(found[40].sum()) > 0
     assert model.training and model.config._attn_implementation == kind
     assert all(p.requires_grad and p.grad is None and torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
+def profile_of_rank(rank, path):
+    """Three samples of two lengths: the second process has none of the longer."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.arange(3, 123).view(3, 40)
+    samples = [
+        AnswerSample(ids[0], torch.arange(30, 40)),
+        *(AnswerSample(row[:32], torch.arange(25, 32)) for row in ids[1:]),
+    ]
+    found = profile_spans(model, samples if rank is None else samples[:2] if rank == 0 else samples[2:], block=8)
+    return {str(length): part for length, part in found.items()}
+
+
+def test_processes_that_share_the_samples_all_get_the_profile_of_one(tiny_dense):
+    want = profile_of_rank(None, tiny_dense)
+    assert sorted(want) == ["32", "40"]
+    for found in in_processes(2, profile_of_rank, tiny_dense):
+        torch.testing.assert_close(found, want)
 
 
 @pytest.mark.parametrize("pool", ["block", "value"])

@@ -203,11 +203,15 @@ WRONG = {
         m, SpanPlan([[8.0]] * 2, [[0.0]] * 2)
     ),
     "has spans already": lambda m: convert(convert(m, PLAN), PLAN),
-    "backend must be one of windowed, reference": lambda m: convert(m, PLAN, backend="fast"),
+    "backend must be one of windowed, flex, reference": lambda m: convert(m, PLAN, backend="fast"),
     "got DynamicCache": lambda m: convert(m, PLAN)(ONES, past_key_values=DynamicCache()),
     "would hold 9": lambda m: convert(m, PLAN)(ONES, past_key_values=SpanCache(PLAN, 8)),
     "assisted decoding": lambda m: convert(m, PLAN).generate(ONES, prompt_lookup_num_tokens=2),
     "makes its own": lambda m: convert(m, PLAN).generate(ONES, cache_implementation="static"),
+    "would be 601 tokens, and this model reads 512": lambda m: convert(m, PLAN).generate(
+        ONES[:, :1], max_new_tokens=600
+    ),
+    "keeps no weights": lambda m: convert(m, PLAN)(ONES, output_attentions=True),
     "mask of padding": lambda m: convert(m, PLAN)(ONES, attention_mask=torch.ones(1, 1, 9, 9)),
     "made for up to 64 tokens": lambda m: SpanCache(SpanPlan(PLAN.alphas, PLAN.betas, 8, 64), 65),
     "tables of one shape": lambda m: SpanPlan([[1.0]], [[1.0, 2.0]]),

@@ -26,6 +26,11 @@ class Held(NamedTuple):
     layer: "SpanLayer"
     states: Tensor
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of the new states; libraries that wrap every attention function ask for it (kvpress)."""
+        return self.states.shape
+
 
 class SpanLayer(CacheLayerMixin):
     """Keys and values of one layer.
@@ -75,10 +80,9 @@ class SpanLayer(CacheLayerMixin):
             self.lazy_initialization(key, value)
         positions = self._positions(attention_mask, n, key.device)
         if self.columns == 0:
-            parts = prompt_attention(
+            out = prompt_attention(
                 query, key, value, positions, self.groups, self.block, scale=scale, backend=self.backend
             )
-            out = merged(parts, self.groups, query)
             self._keep(key, value, positions)
         elif n == 1 and not isinstance(self.seen, Tensor) and positions.dim() == 1:
             out = self._one(query, key, value, scale)

@@ -3,8 +3,9 @@
 Query i sees key j where j <= i and either j lies in the first block of real tokens or the blocks of i and j are fewer than
 W apart (MoA 2406.14909, sec. 3.1). Positions count real tokens, so padding moves nothing.
 
-Registered with transformers as attention ``mixtura-spans``. Backends: ``reference`` builds the whole mask; ``windowed``, the
-default, multiplies each tile of queries with its sink and window only, which costs time in proportion to the span.
+Registered with transformers as attention ``mixtura-spans``. Backends of a prompt: ``reference`` builds the whole mask;
+``windowed``, the default, multiplies each tile of queries with its sink and window only, which costs time in proportion to the
+span; ``flex`` has FlexAttention compiled for the same.
 
 Shapes: B rows, H query heads, G key/value heads, Q queries, K keys, C width of a head.
 """
@@ -24,7 +25,7 @@ from mixtura.lm.attention.span_rules import SpanPlan
 __all__ = ["BACKENDS", "NAME", "HeadGroup", "attend", "attend_window", "head_groups", "register", "visible"]
 
 NAME = "mixtura-spans"
-BACKENDS = ("windowed", "reference")
+BACKENDS = ("windowed", "flex", "reference")
 TILE = 256  # queries whose keys are cut out together
 
 
@@ -64,9 +65,13 @@ def visible(positions_Q: Tensor, positions_K: Tensor, window: int, block: int) -
     Returns:
         bool, shape (Q, K) or (B, Q, K).
     """
-    q, k = positions_Q[..., :, None], positions_K[..., None, :]
-    near = (k < block) | (q // block - k // block < window)
-    return (k >= 0) & (k <= q) & near
+    return sees(positions_Q[..., :, None], positions_K[..., None, :], window, block)
+
+
+def sees(query: Tensor, key: Tensor, window: int | Tensor, block: int | Tensor) -> Tensor:
+    """Whether a query at a position sees a key at another: the mask itself, for arguments that go together by broadcasting."""
+    near = (key < block) | (query // block - key // block < window)
+    return (key >= 0) & (key <= query) & near
 
 
 def attend(
@@ -139,8 +144,8 @@ def span_attention(
     key: Any,
     value: Any,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention that transformers calls; keys and values come plain, or held by a layer of a span cache.
@@ -176,10 +181,10 @@ def span_attention(
     plan = SpanPlan.of(spans)
     groups = head_groups(plan.blocks(n)[module.layer_idx].tolist())
     positions = real_positions(attention_mask, n, query.device)
-    parts = prompt_attention(
+    out = prompt_attention(
         query, key, value, positions, groups, plan.block, scale=scale, dropout=dropout, backend=spans["backend"]
     )
-    return merged(parts, groups, query).transpose(1, 2).contiguous(), None
+    return out.transpose(1, 2).contiguous(), None
 
 
 def real_positions(attention_mask: Tensor | None, n: int, device: torch.device) -> Tensor:
@@ -201,17 +206,40 @@ def prompt_attention(
     scale: float,
     dropout: float = 0.0,
     backend: str = "windowed",
-) -> Iterator[Tensor]:
-    """Attention over a prompt that nothing came before, group by group, each (B, g, r, N, C)."""
-    total, n = key.shape[1], key.shape[2]
-    padded = positions.dim() == 2
+) -> Tensor:
+    """Attention over a prompt that nothing came before, (B, H, N, C)."""
+    n, padded = key.shape[2], positions.dim() == 2
+    whole = not padded and all((1 + group.window) * block >= n for group in groups)
     # Padding on both sides of a row, or within it, has no columns to cut out.
-    torn = padded and bool(((positions[:, 1:] < 0) != (positions[:, :-1] < 0)).sum(-1).max() > 1)
+    if padded and bool(((positions[:, 1:] < 0) != (positions[:, :-1] < 0)).sum(-1).max() > 1):
+        backend = "reference"
+    if backend == "flex" and not whole:
+        # The compiler is loaded only where it is wanted.
+        from mixtura.lm.attention.span_flex import flex_attend
+
+        return flex_attend(query, key, value, positions, groups, block, scale=scale, dropout=dropout)
+    parts = _by_group(query, key, value, positions, groups, block, scale, dropout, backend)
+    return merged(parts, groups, query)
+
+
+def _by_group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Tensor,
+    groups: Sequence[HeadGroup],
+    block: int,
+    scale: float,
+    dropout: float,
+    backend: str,
+) -> Iterator[Tensor]:
+    """The same group by group, each (B, g, r, N, C)."""
+    total, n = key.shape[1], key.shape[2]
     for group in groups:
         q, k, v = grouped(query, group, total), group.of(key, total), group.of(value, total)
-        if (1 + group.window) * block >= n and not padded:
+        if (1 + group.window) * block >= n and positions.dim() == 1:
             yield attend(q, k, v, None, scale=scale, causal=True, dropout=dropout)
-        elif backend == "reference" or torn:
+        elif backend == "reference":
             yield attend(q, k, v, visible(positions, positions, group.window, block), scale=scale, dropout=dropout)
         else:
             yield attend_window(q, k, v, positions, group.window, block, scale=scale, dropout=dropout)

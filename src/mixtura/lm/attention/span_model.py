@@ -35,7 +35,8 @@ def convert(model: Any, plan: SpanPlan, *, inplace: bool = False, backend: str =
         model: a causal language model of one of the families that are named in the error otherwise; quantized ones too.
         plan: made for this model.
         inplace: change ``model`` itself instead of a copy.
-        backend: of the attention over prompts, ``"windowed"`` or ``"reference"`` (the whole mask).
+        backend: of the attention over prompts: ``"windowed"``; ``"flex"``, torch's FlexAttention, faster once it is compiled
+            (a C++ compiler on a CPU, where it has no gradients); or ``"reference"`` (the whole mask).
     Returns:
         The model; it generates, saves and loads (after ``import mixtura``) like any other.
     Raises:
@@ -186,6 +187,12 @@ def _prepare_cache(base: Any) -> Any:
         if generation_config.cache_implementation not in (None, "dynamic"):
             raise ValueError(
                 f"cache_implementation={generation_config.cache_implementation!r} does not fit: a model with spans makes its own"
+            )
+        limit = getattr(self.config, "max_position_embeddings", None)
+        if limit is not None and generation_config.max_length > limit:
+            raise ValueError(
+                f"prompt and answer together would be {generation_config.max_length} tokens, and this model reads {limit} "
+                "(max_position_embeddings); shorten the prompt, or ask for fewer new tokens"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = SpanCache(self, generation_config.max_length)

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.nn import functional as F
 from transformers import AttentionInterface
 
@@ -126,7 +127,7 @@ def profile_spans(
 ) -> dict[int, Tensor]:
     """Influence of every block of attention on the loss of the answers, averaged over samples.
 
-    With torch.distributed initialised, each process profiles its own samples and all get the average.
+    With torch.distributed initialised, each process profiles its own samples, at least one, and all get the average.
 
     Args:
         model: the dense model; its weights get no gradients.
@@ -165,17 +166,32 @@ def profile_spans(
         found = _profile_one(model, sample, length // block, block, pool)
         total[length] = total[length] + found if length in total else found
         counts[length] = counts.get(length, 0) + 1
-    return {length: _shared(total[length], counts[length]) for length in sorted(total)}
+    if dist.is_available() and dist.is_initialized():
+        total, counts = _shared(total, counts, model.device if dist.get_backend() == "nccl" else torch.device("cpu"))
+    return {length: total[length] / counts[length] for length in sorted(total)}
 
 
-def _shared(total: Tensor, count: int) -> Tensor:
-    """The mean, over all processes where there are several."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        counts = torch.tensor(float(count), device=total.device)
-        torch.distributed.all_reduce(total)
-        torch.distributed.all_reduce(counts)
-        return total / counts
-    return total / count
+def _shared(
+    total: dict[int, Tensor], counts: dict[int, int], device: torch.device
+) -> tuple[dict[int, Tensor], dict[int, int]]:
+    """Sums over all processes; one that has no sample of some length adds nothing there."""
+    some = next(iter(total.values()))
+    block = next(iter(total)) // some.shape[-1]
+    lengths = sorted(total)
+    most = torch.tensor(len(lengths), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    mine = torch.tensor(lengths + [0] * (int(most) - len(lengths)), device=device)
+    theirs = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(theirs, mine)
+    sums, numbers = {}, {}
+    for length in sorted({int(n) for found in theirs for n in found} - {0}):
+        n = length // block
+        part = total[length] if length in total else some.new_zeros(*some.shape[:2], n, n)
+        part, count = part.to(device), torch.tensor(counts.get(length, 0), device=device)
+        dist.all_reduce(part)
+        dist.all_reduce(count)
+        sums[length], numbers[length] = part.cpu(), int(count)
+    return sums, numbers
 
 
 @dataclass
