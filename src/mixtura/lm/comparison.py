@@ -9,7 +9,7 @@ Shapes: N blocks, L positions.
 import gc
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -163,9 +163,9 @@ class Comparison:
         write_page(path, title="Checkpoints side by side", lead=f"Read: {read}.", sections=sections)
 
     def figure(self) -> Any:
-        """Loss over size, excess by domain, and speed."""
-        figure = new_figure(11.5, 3.0 + 0.28 * len(self.rows))
-        size, lost, pace = figure.subplots(1, 3, width_ratios=(1.1, 1.0, 1.0))
+        """Loss over size, excess by domain, bytes and speed."""
+        figure = new_figure(13.0, 3.0 + 0.28 * len(self.rows))
+        size, lost, room, pace = figure.subplots(1, 4, width_ratios=(1.2, 1.0, 0.8, 0.8))
         self._draw_size(size)
         names = [row.name for row in self.rows]
         places = torch.arange(len(names), dtype=torch.float64)
@@ -185,28 +185,46 @@ class Comparison:
         lost.axvline(0, color="gray", linewidth=0.8)
         lost.set_title("loss a token over the first, nats", fontsize=9)
         lost.legend(frameon=False, fontsize=8)
-        for i, (what, color) in enumerate((("prefill", COLORS[5]), ("decode", COLORS[2]))):
-            ratios = [getattr(row, what) / getattr(self.rows[0], what) for row in self.rows]
-            pace.barh((places + (i - 0.5) * 0.4).tolist(), ratios, 0.4, color=color, label=what)
-        pace.axvline(1, color="gray", linewidth=0.8, linestyle="--")
-        pace.set_title(f"speed over the first's, at {self.context} tokens", fontsize=9)
-        pace.legend(frameon=False, fontsize=8)
-        for axes in (lost, pace):
-            axes.set_yticks(places.tolist(), names, fontsize=8)
+        self._draw_ratios(
+            room, {"on disk" if self._on_disk else "weights": self._stored, "cache": lambda row: row.cache}
+        )
+        room.set_title("bytes over the first's", fontsize=9)
+        self._draw_ratios(pace, {"prefill": lambda row: row.prefill, "decode": lambda row: row.decode})
+        pace.set_title("speed over the first's", fontsize=9)
+        for axes in (room, pace):
+            axes.set_xlabel(f"at a prompt of {self.context} tokens", fontsize=8)
+        for axes in (lost, room, pace):
+            axes.set_yticks(places.tolist(), names if axes is lost else [], fontsize=8)
             axes.invert_yaxis()
-        for axes in (size, lost, pace):
+        for axes in (size, lost, room, pace):
             axes.spines[["top", "right"]].set_visible(False)
         return figure
 
+    @property
+    def _on_disk(self) -> bool:
+        return all(row.disk for row in self.rows)
+
+    def _stored(self, row: Compared) -> float:
+        return row.disk if self._on_disk else row.weights
+
+    def _draw_ratios(self, axes: Any, measures: Mapping[str, Callable[[Compared], float]]) -> None:
+        for i, ((name, measure), color) in enumerate(zip(measures.items(), (COLORS[5], COLORS[2]), strict=True)):
+            ratios = [measure(row) / max(measure(self.rows[0]), 1e-9) for row in self.rows]
+            axes.barh([at + (i - 0.5) * 0.4 for at in range(len(ratios))], ratios, 0.4, color=color, label=name)
+        axes.axvline(1, color="gray", linewidth=0.8, linestyle="--")
+        axes.set_xlim(right=1.6 * axes.get_xlim()[1])  # room for the legend
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
     def _draw_size(self, axes: Any) -> None:
-        known = all(row.disk for row in self.rows)
-        for i, row in enumerate(self.rows):
-            x, y = (row.disk if known else row.weights) / 1e6, row.excess
+        points = [(self._stored(row) / 1e6, row.excess) for row in self.rows]
+        widest = max(x for x, _ in points)
+        for i, (row, (x, y)) in enumerate(zip(self.rows, points, strict=True)):
             axes.plot(x, y, "o", color=COLORS[i % len(COLORS)], markersize=6)
-            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
+            side, off = ("right", -5) if x > widest / 2 else ("left", 5)  # names stay within the axes
+            axes.annotate(row.name, (x, y), textcoords="offset points", xytext=(off, 6), fontsize=8, ha=side)
+        axes.margins(x=0.1, y=0.2)
         axes.set_xlim(left=0)
-        axes.margins(x=0.25, y=0.2)
-        axes.set_xlabel("MB on disk" if known else "MB of memory that loading took")
+        axes.set_xlabel("MB on disk" if self._on_disk else "MB of memory that loading took")
         axes.set_title("loss a token over the first, mean over texts, nats", fontsize=9)
 
 
