@@ -161,6 +161,7 @@ class Drops:
 
 
 def load_data(sizes: Sizes, seed: int) -> Data:
+    """The texts of a seed, cut into tokens by a tokenizer made of those to train on."""
     train, choose, test = _texts(sizes, seed)
     languages = sorted({language for pair in train for language in pair})
     some = [text for part in train.values() for pair in part[:400] for text in pair]
@@ -217,6 +218,7 @@ def _batches(mixture: TaskMixture, sizes: Sizes) -> list[Batch]:
 def new_model(
     sizes: Sizes, data: Data, experts: int, seed: int, selection: str
 ) -> MultitaskMoEForConditionalGeneration:
+    """An untrained model, the same for a seed; without experts where there are to be none."""
     torch.manual_seed(seed)
     config = MultitaskMoEConfig(
         vocab_size=sizes.vocabulary,
@@ -271,6 +273,7 @@ def fit_model(
 def trained(
     sizes: Sizes, data: Data, experts: int, steps: int, lr: float, seed: int, selection: str = "random"
 ) -> tuple[MultitaskMoEForConditionalGeneration, list[Drops]]:
+    """A new model after all its steps, and what found no place in each tenth of the way."""
     model = new_model(sizes, data, experts, seed, selection)
     return model, fit_model(sizes, model, data.train, steps, lr, seed)
 
