@@ -65,10 +65,10 @@ class Sizes:
     experts: int = 16
     length: int = 64
     batch: int = 16
-    steps: int = 600
-    grid: tuple[float, ...] = (6e-3, 1.2e-2, 2.4e-2)
-    grid_steps: int = 120
-    shares: tuple[float, ...] = (0.5, 0.7, 0.85)
+    steps: int = 1500
+    grid: tuple[float, ...] = (3e-3, 6e-3, 1.2e-2)
+    grid_steps: int = 400
+    shares: tuple[float, ...] = (0.7, 0.85)
     related: int = 400
     continued: int = 80
     keep: int = 4

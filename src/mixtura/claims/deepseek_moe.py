@@ -219,7 +219,7 @@ def _concept_layer(sizes: Sizes, task: ConceptMixture, arm: Arm, lr: float, seed
         out = layer.mix(x)
         return F.mse_loss(out.hidden, y) + out.aux_loss
 
-    fit(layer, loss_at, TrainConfig(steps=sizes.concept_steps, lr=lr, weight_decay=0.0, seed=seed), label=f"{lr:g}")
+    fit(layer, loss_at, TrainConfig(steps=sizes.concept_steps, lr=lr, seed=seed), label=f"{lr:g}")
     return layer
 
 
