@@ -112,7 +112,7 @@ def test_a_mask_has_exactly_the_number_of_active_weights_and_the_pattern_asked_f
     assert bool((mask.view(-1, 4).sum(-1) == 2).all())
     with pytest.raises(ValueError, match="active must be between 0 and 24"):
         draw_mask((4, 6), 25)
-    with pytest.raises(ValueError, match="2 of every 4 along the last axis does not fit 24"):
+    with pytest.raises(ValueError, match="2 of every 4 along axis 1 does not fit 24"):
         draw_mask((8, 6), 24, n_m=(2, 4))
 
 

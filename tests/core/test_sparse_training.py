@@ -301,7 +301,7 @@ def test_what_cannot_be_trained_sparsely_is_named():
         MaskOptimizer(net, sgd, MaskConfig(), total_steps=100)
     with pytest.raises(ValueError, match=r"the mask of 0\.weight does not have 2 active of every 4"):
         MaskOptimizer(net, sgd, MaskConfig(n_m=(2, 4), every=1), total_steps=100)
-    with pytest.raises(ValueError, match=r"n_m=\(2, 5\): 5 does not divide the last axis of 0\.weight"):
+    with pytest.raises(ValueError, match=r"n_m=\(2, 5\): 5 does not divide the 8 inputs of 0\.weight"):
         MaskOptimizer(net, sgd, MaskConfig(n_m=(2, 5), every=1), total_steps=100)
     plain = nn.Linear(3, 2)
     with pytest.raises(ValueError, match="Linear has no masked weight"):

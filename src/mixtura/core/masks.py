@@ -18,6 +18,7 @@ __all__ = [
     "PREFIX",
     "Masked",
     "Rows",
+    "cut_mask",
     "draw_mask",
     "input_axis",
     "local",
@@ -237,3 +238,20 @@ def rows_of(name: str, parameter: Tensor) -> Rows:
     if len(local(parameter)) != count:
         raise TypeError(f"{name} has {len(local(parameter))} rows in this process, where even shares would be {count}")
     return Rows(first, count, mesh.get_group(cut[0]), copies, mesh.device_type)
+
+
+def cut_mask(name: str, found: Masked, rows: Rows) -> Masked:
+    """Cut a whole mask as its parameter is cut, in its module too; one that is cut already, or need not be, stays."""
+    parameter = found.parameter
+    if not hasattr(parameter, "placements") or hasattr(found.mask, "placements"):
+        return found
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(parameter, DTensor)
+    own = rows.of(found.mask).to(local(parameter).device, copy=True)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    mask = DTensor.from_local(
+        own, mesh, placements, run_check=False, shape=found.mask.shape, stride=found.mask.stride()
+    )
+    found.module._buffers[PREFIX + name.rpartition(".")[2]] = mask
+    return Masked(found.parameter, mask, found.module)

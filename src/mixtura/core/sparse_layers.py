@@ -86,7 +86,7 @@ class _HasMask:
     def effective(self) -> Tensor:
         """The weight with zeros where it is inactive; its gradient reaches every entry."""
         if hasattr(self.mask_weight, "placements"):
-            # Sharded by a MaskOptimizer, which keeps the weight masked. In a forward pass the weight is whole and the mask is not.
+            # Cut by a MaskOptimizer, which keeps the weight masked; in a forward pass the weight is whole and the mask is not.
             return self.weight
         if self._settled and not torch.compiler.is_compiling() and self._settled == self._state():
             return self.weight
@@ -124,7 +124,9 @@ class SparseLinear(_HasMask, nn.Linear):
                 that the device's kernels do not take are told by torch.
         """
         if self.in_features % 4 or bool((self.mask_weight.view(self.out_features, -1, 4).sum(-1) > 2).any()):
-            raise ValueError("the mask has more than 2 active of some 4 neighbours; draw it with n_m=(2, 4) and train so")
+            raise ValueError(
+                "the mask has more than 2 active of some 4 neighbours; draw it with n_m=(2, 4) and train so"
+            )
         if self.weight.device.type != "cuda":
             raise ValueError(
                 f"2:4 products are for CUDA devices of capability 8.0 and later, and the layer is on {self.weight.device}; "

@@ -175,6 +175,8 @@ def fit(
     facts = {"config": _comparable(config), "data": dict(describe or {})}
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
+        if not masks.joint_decay:
+            facts["masks"].pop("joint_decay")  # so that a run from before there was a choice goes on
     if out is not None and resume and (out / META).exists():
         history.losses = _restore(out, trained, optimizer, facts, moving, kept, team)
         first = history.resumed_at = len(history.losses)
