@@ -127,8 +127,8 @@ class JointDecay:
                         local(weight.grad).add_(change, alpha=sign * group["weight_decay"])
         yield
         with torch.no_grad():
-            for weight, change in after:
-                weight.add_(change)
+            for own, change in after:
+                own.add_(change)
 
 
 def _changes(u: nn.Module, v: nn.Module) -> list[Tensor]:

@@ -58,16 +58,14 @@ def moved_mask(
         again. Of equal weights or scores those with the smallest positions drop and grow.
     """
     if n_m != (0, 0) and axis % mask.dim() != mask.dim() - 1:
-        moved = (t.movedim(axis, -1).contiguous() for t in (weight, mask, score))
-        new, grown = moved_mask(*moved, share, n_m=n_m, rows=rows)
+        weight, mask, score = (t.movedim(axis, -1).contiguous() for t in (weight, mask, score))
+        new, grown = moved_mask(weight, mask, score, share, n_m=n_m, rows=rows)
         return new.movedim(-1, axis).contiguous(), grown.movedim(-1, axis).contiguous()
     rows = rows or Rows(0, len(mask))
     old = mask.flatten()
     n_drop = int(share * int(rows.sum(old.sum())))
-    sizes = _keys(weight.detach().flatten())
-    last = torch.iinfo(sizes.dtype).max
-    kept = old & ~smallest(sizes.masked_fill(~old, last), n_drop, rows)
-    sooner = (-_keys(score.flatten())).masked_fill(kept, last)
+    kept = old & ~smallest(_last(_keys(weight.detach().flatten()), ~old), n_drop, rows)
+    sooner = _last(-_keys(score.flatten()), kept)
     if n_m == (0, 0):
         grown = smallest(sooner, n_drop, rows)
     else:
@@ -124,3 +122,7 @@ def _keys(values: Tensor) -> Tensor:
     """Integers in the order of the values' sizes, those without a size (NaN) last."""
     sizes = values.abs() if values.dtype == torch.float64 else values.float().abs()
     return sizes.view(torch.int64 if sizes.dtype == torch.float64 else torch.int32)
+
+
+def _last(keys: Tensor, where: Tensor) -> Tensor:
+    return keys.masked_fill(where, torch.iinfo(keys.dtype).max)

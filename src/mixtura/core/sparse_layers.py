@@ -132,7 +132,7 @@ class SparseLinear(_HasMask, nn.Linear):
                 f"2:4 products are for CUDA devices of capability 8.0 and later, and the layer is on {self.weight.device}; "
                 "move it there first, or take to_sparse_csr"
             )
-        return torch.sparse.to_sparse_semi_structured(self.weight.detach() * self.mask_weight)  # type: ignore[no-any-return]
+        return torch.sparse.to_sparse_semi_structured(self.weight.detach() * self.mask_weight)
 
     def to_sparse_csr(self) -> Tensor:
         """The weight (O, I) in compressed rows, with 32-bit indices, which the engine behind :mod:`torch.sparse` takes as they

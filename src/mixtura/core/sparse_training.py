@@ -289,7 +289,7 @@ def _check_pattern(name: str, mask: Tensor, n_m: tuple[int, int]) -> None:
     axis = input_axis(mask.shape)
     if mask.shape[axis] % m:
         raise ValueError(f"n_m={n_m}: {m} does not divide the {mask.shape[axis]} inputs of {name}, {tuple(mask.shape)}")
-    if not bool((local(mask).movedim(axis, -1).unflatten(-1, (-1, m)).sum(-1) == n).all()):
+    if not bool((local(mask).movedim(axis, -1).reshape(-1, m).sum(-1) == n).all()):
         raise ValueError(
             f"n_m={n_m}: the mask of {name} does not have {n} active of every {m} inputs; convert with IsoFlop(..., n_m={n_m}) "
             "or draw it with draw_mask"
