@@ -41,7 +41,7 @@ from mixtura.core.isoflop_sizes import (
     scaled_width,
     widening,
 )
-from mixtura.core.masks import Masked, draw_mask, input_axis, masked_parameters
+from mixtura.core.masks import Masked, draw_mask, input_axis, largest_of_groups, masked_parameters
 from mixtura.core.sparse_layers import (
     DopedSparse,
     FactorizedSparse,
@@ -128,7 +128,7 @@ def convert(
     draw_masks(model, after, transform, before.total - unmasked, generator=generator)
     if transform.member == "doped" and not fresh:
         for name in names:
-            _dope(old[name], model.get_submodule(name))
+            _dope(old[name], model.get_submodule(name), transform.n_m)
     return model
 
 
@@ -360,15 +360,18 @@ def _pattern(transform: IsoFlop) -> tuple[int, int] | None:
 
 
 @torch.no_grad()
-def _dope(old: nn.Module, made: nn.Module) -> None:
+def _dope(old: nn.Module, made: nn.Module, n_m: tuple[int, int]) -> None:
     """The old weight in a doped layer: its largest entries where the mask may be, the rest as well as the rank allows."""
     assert isinstance(old, (nn.Linear, nn.Conv2d)) and isinstance(made, DopedSparse)
     sparse: Any = made.sparse
     weight = old.weight.detach()
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    mask[weight.abs().flatten().topk(int(sparse.mask.sum())).indices] = True
+    if n_m[1]:
+        mask = largest_of_groups(weight.abs(), n_m, input_axis(weight.shape))
+    else:
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask.view(-1)[weight.abs().flatten().topk(int(sparse.mask.sum())).indices] = True
     sparse.weight.copy_(weight)
-    sparse.set_mask(mask.view_as(weight))
+    sparse.set_mask(mask)
     if old.bias is not None:
         sparse.bias.copy_(old.bias)
     if made.u is not None and made.v is not None:

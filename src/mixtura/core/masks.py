@@ -21,6 +21,7 @@ __all__ = [
     "cut_mask",
     "draw_mask",
     "input_axis",
+    "largest_of_groups",
     "local",
     "mask_parameter",
     "masked",
@@ -151,9 +152,21 @@ def draw_mask(
             f"{n} of every {m} along axis {axis} does not fit {active} active weights of {tuple(shape)}; it takes an axis "
             f"that {m} divides, and {n}/{m} of all"
         )
-    ranks = torch.rand(total // m, m, generator=generator).argsort(-1).argsort(-1)
-    moved = [*shape[:axis], *shape[axis + 1 :], shape[axis]]
-    return (ranks < n).view(moved).movedim(-1, axis).contiguous()
+    moved = (*shape[:axis], *shape[axis + 1 :], shape[axis])
+    return largest_of_groups(torch.rand(moved, generator=generator).movedim(-1, axis), n_m, axis)
+
+
+def largest_of_groups(scores: Tensor, n_m: tuple[int, int], axis: int = -1) -> Tensor:
+    """The N:M mask of the N largest of every M neighbours along an axis that M divides, of equal ones the first; bool.
+
+    Example:
+        >>> largest_of_groups(torch.tensor([3.0, 1.0, 2.0, 1.0, 1.0, 1.0, 0.0, 5.0]), (2, 4)).long()
+        tensor([1, 0, 1, 0, 1, 0, 0, 1])
+    """
+    n, m = n_m
+    moved = scores.movedim(axis, -1)
+    ranks = moved.reshape(-1, m).argsort(dim=-1, descending=True, stable=True).argsort(-1)
+    return (ranks < n).view(moved.shape).movedim(-1, axis).contiguous()
 
 
 def input_axis(shape: torch.Size | tuple[int, ...]) -> int:
