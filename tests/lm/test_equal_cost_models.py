@@ -204,7 +204,9 @@ def test_two_of_four_masks_live_through_training_and_the_disk(family: str, membe
     model = convert(tiny(family), transform, length=LENGTH, multiple_of=4)
     before = {n: found.mask.clone() for n, found in masked_parameters(model).items()}
     ids = torch.arange(40)[None] % 96
-    train(model, Letters(), ["Of every four, two."] * 60, steps=8, batch_size=2, length=16)  # which sees from the config that there are groups to keep
+    train(
+        model, Letters(), ["Of every four, two."] * 60, steps=8, batch_size=2, length=16
+    )  # which sees from the config that there are groups to keep
     masks = masked_parameters(model)
     assert all(bool((found.mask.reshape(-1, 4).sum(-1) == 2).all()) for found in masks.values())
     assert any(not torch.equal(found.mask, before[n]) for n, found in masks.items())

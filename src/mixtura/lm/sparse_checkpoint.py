@@ -138,8 +138,9 @@ def describe(model: Any, transform: IsoFlop) -> None:
     layers = [name for name, module in modules.items() if isinstance(module, kinds)]
     own = [name for name in masked_parameters(model) if not hasattr(type(modules[name.rpartition(".")[0]]), "set_mask")]
     between = asdict(transform.between)
-    pattern = {"n_m": list(transform.n_m)} if transform.n_m[1] else {}
-    config = SparseConfig(transform.member, transform.sparsity, layers=layers, parameters=own, **between, **pattern)
+    config = SparseConfig(
+        transform.member, transform.sparsity, layers=layers, parameters=own, n_m=list(transform.n_m), **between
+    )
     model.config.quantization_config = config
     model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
     model.is_quantized = True
