@@ -265,6 +265,13 @@ def other_cuts(rank: int) -> list[str]:
         MaskOptimizer(layer, sgd(layer.parameters()), MaskConfig(every=1), total_steps=9)
     except TypeError as error:
         said.append(str(error))
+    with torch.device("meta"):
+        empty = nn.Sequential(SparseLinear(8, 8))
+    fully_shard(empty)
+    try:
+        MaskOptimizer(empty, sgd(empty.parameters()), MaskConfig(every=1), total_steps=9)
+    except TypeError as error:
+        said.append(str(error))
     # Copies of the rows: replicated over one axis, cut over the other.
     torch.manual_seed(0)
     net = linear()
@@ -277,8 +284,9 @@ def other_cuts(rank: int) -> list[str]:
 
 
 def test_only_rows_over_one_axis_are_taken_and_copies_of_them_agree():
-    for rank, (refused, copied) in enumerate(over_processes(4, other_cuts)):
+    for rank, (refused, empty, copied) in enumerate(over_processes(4, other_cuts)):
         assert "weight is cut as (Shard(dim=1),)" in refused and "as fully_shard does" in refused
+        assert "0.weight is on meta, and its processes exchange over cpu" in empty
         assert copied == f"{8 * (rank % 2)} 8 1 40"
 
 

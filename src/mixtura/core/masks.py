@@ -228,7 +228,8 @@ def rows_of(name: str, parameter: Tensor) -> Rows:
     """Which rows of a parameter this process holds.
 
     Raises:
-        TypeError: a parameter that is cut otherwise than in rows, as FSDP2 does by default.
+        TypeError: a parameter that is cut otherwise than in rows, as FSDP2 does by default, or that does not lie where its
+            processes exchange: on the meta device, or offloaded to the host.
     """
     if not hasattr(parameter, "placements"):
         return Rows(0, len(parameter))
@@ -241,6 +242,11 @@ def rows_of(name: str, parameter: Tensor) -> Rows:
         raise TypeError(
             f"{name} is cut as {placements}, and masks move on whole rows; shard it over one axis of processes by its first "
             "axis, as fully_shard does, or train with DDP"
+        )
+    if (kind := local(parameter).device.type) != mesh.device_type:
+        raise TypeError(
+            f"{name} is on {kind}, and its processes exchange over {mesh.device_type}; bring it there before masks are cut "
+            "(to_empty for the meta device, no CPUOffloadPolicy)"
         )
     copies = tuple(mesh.get_group(i) for i in range(len(placements)) if i not in cut and mesh.size(i) > 1)
     if not cut or mesh.size(cut[0]) == 1:

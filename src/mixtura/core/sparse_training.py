@@ -109,10 +109,10 @@ class MaskOptimizer:
             raise ValueError(f"{type(model).__name__} has no masked weight that is trained; convert or widen it first")
         if config.method != "static" and config.every >= total_steps:
             raise ValueError(f"every={config.every} must be below total_steps={total_steps}, or the masks never move")
+        self._rows: dict[str, Rows] = {name: rows_of(name, one.parameter) for name, one in found.items()}
         for name, one in found.items():
             _check_pattern(name, one.mask, config.n_m)
         self._joint = JointDecay(model, optimizer) if config.joint_decay else None
-        self._rows: dict[str, Rows] = {name: rows_of(name, one.parameter) for name, one in found.items()}
         _share(one.mask for one in found.values() if not hasattr(one.mask, "placements"))
         self.masked: Mapping[str, Masked] = {n: cut_mask(n, one, self._rows[n]) for n, one in found.items()}
         self.steps_done = 0
