@@ -98,8 +98,13 @@ def score_texts(
             )
         words = WORDS.get(languages[1].replace("-", "_").split("_")[0], "13a")
         chrf, bleu = metrics.CHRF(), metrics.BLEU(tokenize=words)
-        scores = [float(metric.corpus_score(list(made), [list(wanted)]).score) for metric in (chrf, bleu)]
-        found[languages] = PairScore(*scores, len(wanted), str(chrf.get_signature()), str(bleu.get_signature()))
+        found[languages] = PairScore(
+            chrf=float(chrf.corpus_score(list(made), [list(wanted)]).score),
+            bleu=float(bleu.corpus_score(list(made), [list(wanted)]).score),
+            texts=len(wanted),
+            chrf_signature=str(chrf.get_signature()),
+            bleu_signature=str(bleu.get_signature()),
+        )
     return TranslationScores(found, dict(translations))
 
 
