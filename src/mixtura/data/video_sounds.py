@@ -120,7 +120,7 @@ def find_sounds(clips: Sequence[ListedClip], folder: str | Path) -> FoundSounds:
         raise FileNotFoundError(f"{folder} is no directory; name the one that holds the sounds")
     files: dict[str, Path] = {}
     for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in SUFFIXES and not path.name.startswith(("._", ".")):
+        if path.suffix.lower() in SUFFIXES and not path.name.startswith("."):
             files.setdefault(path.stem, path)
     found, sounds, missing = [], [], []
     for clip in clips:

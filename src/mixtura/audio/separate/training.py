@@ -226,7 +226,7 @@ def _check(
     if embeddings.shape[-1] != model.embed_dim:
         raise ValueError(f"embeddings have width {embeddings.shape[-1]}, this separator takes {model.embed_dim}")
     silent = 0
-    for part in waves.split(1024):  # they may be larger than memory
+    for part in waves.split(256):  # they may be larger than memory
         if not bool(part.isfinite().all()):
             raise ValueError("waves must be finite; they hold NaN or infinity")
         silent += int((part.abs().amax(1) == 0).sum())
