@@ -10,6 +10,7 @@ from test_cli import here  # noqa: F401 (a fixture)
 soundfile = pytest.importorskip("soundfile")
 
 from mixtura.audio import NamedSounds, QuerySeparator  # noqa: E402
+from mixtura.audio.separate import own  # noqa: E402
 
 
 @pytest.fixture
@@ -130,6 +131,29 @@ def test_a_separator_is_trained_on_ones_own_clips_and_used(here, tmp_path):  # n
     assert done.returncode == 0 and (tmp_path / "stems" / "0-toads.wav").exists()
 
 
+def test_a_separator_is_trained_on_a_published_list(here, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.setattr(own, "MIXTURES", 2)
+    t = np.arange(12_000) / 8000
+    (tmp_path / "sound").mkdir()
+    ids = {"acoustic_guitar": ["aa", "ab", "ac", "gone"], "tuba": ["ba", "bb", "bc"]}
+    for i, name in enumerate(v for videos in ids.values() for v in videos if v != "gone"):
+        soundfile.write(tmp_path / "sound" / f"{name}.wav", 0.3 * np.sin(2 * np.pi * (300 + 250 * i) * t), 8000)
+    (tmp_path / "sound" / "bc.wav").write_text("broken")
+    (tmp_path / "music.json").write_text(json.dumps({"videos": ids}))
+    given = ("separate", "train", "--videos", "music.json", "--audio", "sound", "--steps", "1", "--out", "m")
+    done = here(*given, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "music.json: 6 of 7 clips are in sound" in done.stdout and "missing are gone.wav; the sound" in done.stdout
+    assert not (tmp_path / "m.state.pieces").exists()
+    done = here(*given, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bc.wav is no sound file" in caplog.text and "2 mixtures of two sounds held out" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "music.json", "sound"}
+    note = json.loads((tmp_path / "m" / "separator.json").read_text())["note"]
+    assert "--videos music.json --held-out 0.1" in note["recipe"]
+    assert "tuba" in here("separate", "--list", "--model", "m", cwd=tmp_path).stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -148,12 +172,17 @@ def test_a_separator_is_trained_on_ones_own_clips_and_used(here, tmp_path):  # n
         (["train", "--captions", "bad.csv", "--out", "x"], "must have the columns file and text, got a, b"),
         (["train", "--captions", "one.csv", "--out", "x"], "at least two different sounds"),
         (["train", "--audio", "sub", "--out", "x"], "give both or neither"),
+        (["train", "--videos", "m.json", "--captions", "one.csv", "--out", "x"], "give one of them"),
+        (["train", "--videos", "m.json", "--out", "x"], "needs --audio"),
+        (["train", "--videos", "m.json", "--audio", ".", "--out", "x"], "none of 1 listed clips is in ."),
+        (["train", "--videos", "one.csv", "--audio", ".", "--out", "x"], "one.csv, line 1: got 'file,text'"),
     ],
 )
 def test_mistakes_are_one_clear_line(here, model, tmp_path, arguments, message: str):  # noqa: F811
     write(tmp_path / "mix.wav", 0.1)
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "one.csv").write_text("file,text\nmix.wav,owl\n")
+    (tmp_path / "m.json").write_text('{"videos": {"flute": ["a"]}}')
     given = arguments if arguments[0] == "train" else [*arguments, "--model", str(model)]
     done = here("separate", *given, cwd=tmp_path)
     assert done.returncode == 1 and message in done.stderr and len(done.stderr.strip().splitlines()) == 1

@@ -15,7 +15,7 @@ from mixtura.lm.parallel.sharded_experts import shard_experts, sharded_layers
 FLOAT32_ADAM = (4, 4, 8)
 
 
-def make_model():
+def make_model(**changes):
     torch.manual_seed(0)
     return MixturaForCausalLM(
         MixturaConfig(
@@ -26,6 +26,7 @@ def make_model():
             intermediate_size=24,
             num_experts=8,
             tie_word_embeddings=True,
+            **changes,
         )
     )
 
@@ -106,8 +107,9 @@ def test_forms_shard_gradients_and_states_as_the_plan_says():
             assert found[rank][at] == pytest.approx([want["gradients"], want["states"]], rel=0.02), form
 
 
-def test_a_shape_counts_what_the_model_has():
-    model = make_model()
+@pytest.mark.parametrize("router", ["linear", "sparsity"])
+def test_a_shape_counts_what_the_model_has(router):
+    model = make_model(router=router)
     found, real = sizes_of(ModelShape.of(model.config)), sizes_of(model)
     assert found == real
 

@@ -23,6 +23,7 @@ from mixtura.lm.anatomy import find_moe, recorded_routing
 from mixtura.lm.model import MixturaForCausalLM
 from mixtura.lm.model.parts import inner_weights
 from mixtura.lm.parallel import clip_gradients, gather_experts, make_mesh, parallelize_experts, reduce_gradients
+from mixtura.lm.parallel.cluster import ModelShape
 from mixtura.lm.parallel.experts import _Layout, parallel_experts, single_name
 from mixtura.lm.parallel.gradients import expert_rules
 from mixtura.lm.training import language_loss
@@ -195,7 +196,7 @@ def test_the_comparison_has_idle_experts_a_silent_process_and_losses_that_move()
 
 
 def told(rank):
-    """Statistics of all experts that a process is told, and the numbers that it receives for them."""
+    """Statistics of all experts that a process is told, and the numbers that it receives for them, forward and back."""
     found = {}
     for name, slices in (("sparse", 1), ("sparse, full", 1), ("sparse, full", 2)):
         model = parallelize_experts(MODELS[name](), make_mesh(2, expert=2 // slices, slices=slices))
@@ -207,13 +208,16 @@ def told(rank):
             received.append(out.numel())
             return swap(out, *args, **kwargs)
 
-        with torch.no_grad(), mock.patch.object(dist, "all_to_all_single", counting):
+        with mock.patch.object(dist, "all_to_all_single", counting):
             made = experts.gathered_statistics(*column_statistics(*inner_weights(experts.local_experts), statistics))
-        found[f"{name} {slices}"] = [*made, torch.tensor(sum(received))]
+            forward = sum(received)
+            sum(part.sum() for part in made).backward()
+        counts = torch.tensor([forward, sum(received) - forward])
+        found[f"{name} {slices}"] = [*(part.detach() for part in made), counts]
     return found
 
 
-def test_processes_tell_each_other_means_and_variances_and_no_weights():
+def test_processes_tell_each_other_means_and_variances_as_a_plan_counts_them_and_no_weights():
     E, D = 4, TINY["hidden_size"]
     numbers = {"sparse 1": 2 * E * (D + 1), "sparse, full 1": E * (D + D * D), "sparse, full 2": 2 * E * (D + D * D)}
     for found in in_processes(2, told):
@@ -225,7 +229,9 @@ def test_processes_tell_each_other_means_and_variances_and_no_weights():
             )
             same(mean, want[0], key, 1e-13)
             same(spread, want[1], key, 1e-13)
-            assert received == numbers[key], key
+            assert received.tolist() == [numbers[key]] * 2, f"{key}: forward and back"
+            if key.endswith("1"):
+                assert received[0] == E * ModelShape.of(model.config).statistics_numbers, key
 
 
 FAMILIES = ("mixtral", "olmoe", "qwen2_moe", "deepseek_v2", "gpt_oss")

@@ -1,5 +1,7 @@
 """The cost model: flows against counted assignments, loads against their law, systems against what they must obey."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -109,6 +111,19 @@ def test_plain_expert_parallelism_by_hand():
     assert report.phases["experts"] == pytest.approx(3 * 3 * 800 * row_flops / 1e12)
     assert report.seconds == pytest.approx(sum(report.phases.values()))
     assert report.per_layer.sum() == pytest.approx(report.seconds)
+
+
+def test_what_a_router_that_reads_experts_is_told_takes_time():
+    counts = np.full((1, 3, 8), 100)
+    plain = simulate(LoadTrace(counts), SHAPE, CLUSTER, "ep").phases["exchange"]
+    for statistics, numbers in (("diagonal", 2 * 65), ("full", 65 + 65**2)):
+        shape = replace(SHAPE, router_statistics=statistics, biased=True)
+        own = 4 * numbers * 8 / 4  # bytes of a device's two experts; it tells 1 device of its node, and 2 beyond
+        once = max(own / 1e10, 2 * 2 * own / 1e9)
+        told = simulate(LoadTrace(counts), shape, CLUSTER, "ep").phases["exchange"] - plain
+        assert told == pytest.approx(3 * 2 * once), statistics
+    fsdp = [simulate(LoadTrace(counts), shape, CLUSTER, "fsdp").seconds for shape in (SHAPE, shape)]
+    assert fsdp[0] == fsdp[1], "all weights are everywhere"
 
 
 def test_copies_help_where_loads_are_uneven_and_are_hidden_by_the_papers_rule():

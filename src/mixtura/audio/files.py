@@ -45,25 +45,31 @@ class Recording:
     def seconds(self) -> float:
         return self.samples / self.rate
 
-    def blocks(self, seconds: float = 10.0) -> Iterator[Tensor]:
+    def blocks(self, seconds: float = 10.0, *, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
         """Consecutive parts, each of shape (R, at most ``seconds`` times the rate), float32.
 
+        Args:
+            seconds: of a part.
+            start, stop: samples between which to read; the whole by default.
         Raises:
             ValueError: the file ends before its header says, or is damaged inside.
         """
         import soundfile
 
-        read = 0
+        read, end = start, self.samples if stop is None else min(stop, self.samples)
+        size = max(1, round(seconds * self.rate))
         try:
             with soundfile.SoundFile(self.path) as file:
-                while len(block := file.read(max(1, round(seconds * self.rate)), dtype="float32", always_2d=True)):
+                if start:
+                    file.seek(start)
+                while len(block := file.read(min(size, end - read), dtype="float32", always_2d=True)):
                     read += len(block)
                     yield torch.from_numpy(np.ascontiguousarray(block.T))
         except soundfile.LibsndfileError as error:
             raise ValueError(
                 f"{self.path} is damaged after {read / self.rate:.1f} seconds ({error.error_string})"
             ) from error
-        if read < self.samples:
+        if read < end:
             raise ValueError(
                 f"{self.path} is cut short: its header says {self.samples:,} samples a channel, it holds {read:,}; copy it again"
             )

@@ -3,7 +3,8 @@
 A window model (:mod:`mixtura.claims._window_model`) learns to predict text of five kinds. All arms of a comparison see the same
 batches for the same number of steps, have the same balance loss and drop no token; each has the best of the same learning rates,
 chosen after fewer steps on held-out text that it is not measured on. Students are tuned like everything else, for each stop of
-the teacher by itself.
+the teacher by itself. They are narrower and trained for longer than the mixtures, as is their teacher, since the stop is about
+students that have no room for both the text and the teacher.
 """
 
 import time
@@ -50,7 +51,6 @@ HALVES: Mapping[str, tuple[Block, ...]] = {
 }
 STUDENT = (DENSE, PYRAMID[-1], DENSE)  # one block less; of the pyramid the early entry is lost
 STOPS = (0.0, 0.5, 0.7, 1.0)  # 0: no teacher; 1: to the end
-TEACHER_LONGER = 3
 DECODE_BATCH = 64  # tokens that are decoded together, for the weights that a step reads
 
 
@@ -102,6 +102,14 @@ SIZES: Mapping[str, Sizes] = {
         device="cuda",
     ),
 }
+# A student is taught for a part of its training since it has little room: narrow ones, near what they can hold at the end.
+TAUGHT: Mapping[str, Sizes] = {
+    "smoke": SIZES["smoke"],
+    "cpu": replace(
+        SIZES["cpu"], characters=2_000_000, window=replace(WINDOW, width=28, hidden=56), steps=6000, grid_steps=400
+    ),
+    "gpu": replace(SIZES["gpu"], window=Window(vocabulary=4096, context=8, width=64, hidden=128), steps=8000),
+}
 
 
 @dataclass(frozen=True)
@@ -123,35 +131,49 @@ class Teacher:
 
 def run(scale: Scale, seed: int, scratch: Path) -> Figures:
     """All arms, the teacher and its students with one seed."""
-    sizes = SIZES[scale]
+    arms, taught = _arms(SIZES[scale], seed), _taught_arms(TAUGHT[scale], seed)
+    return {**arms.pop("figures"), **taught.pop("figures"), "detail": {**arms, **taught}}
+
+
+def _arms(sizes: Sizes, seed: int) -> dict[str, Any]:
+    """Mixtures of equal networks, side by side."""
     text = _text(sizes, seed)
-    arms = {name: _arm(sizes, text, shape, seed) for name, shape in ARMS.items()}
+    arms = {name: _arm(sizes, text, shape, seed)[0] for name, shape in ARMS.items()}
     for name, shape in HALVES.items():
-        arms[name] = _arm(replace(sizes, grid=(arms["moe_16"]["lr"],)), text, shape, seed)
-    longer = replace(sizes, steps=TEACHER_LONGER * sizes.steps)
-    teacher = _trained(longer, text, PYRAMID, arms["pyramid"]["lr"], seed)
-    students = {
-        f"{stop:g}": _arm(sizes, text, STUDENT, seed + 100, Teacher(teacher, stop) if stop else None) for stop in STOPS
-    }
-    loss = {name: arm["test"] for name, arm in arms.items()}
-    learned = {stop: arm["test"] for stop, arm in students.items()}
-    staged, big = students["0.7"], arms["moe_16"]
+        arms[name], _ = _arm(replace(sizes, grid=(arms["moe_16"]["lr"],)), text, shape, seed)
+    loss, big = {name: arm["test"] for name, arm in arms.items()}, arms["moe_16"]
     figures = {
         **{f"loss_{name}": value for name, value in loss.items()},
-        "loss_teacher": _loss(teacher, text.test),
-        **{f"loss_student_{stop.replace('.', '')}": value for stop, value in learned.items()},
         "parameter_share": arms["pyramid"]["parameters"] / big["parameters"],
         "pyramid_behind_16": loss["pyramid"] - loss["moe_16"],
         "pyramid_ahead_of_4": loss["moe_4"] - loss["pyramid"],
         "residual_behind_top2": loss["residual_4"] - loss["top2_4"],
         "rows_share": arms["residual_4"]["rows"] / arms["top2_4"]["rows"],
-        "staged_gain": learned["0"] - learned["0.7"],
-        "staged_behind_full": learned["0.7"] - learned["1"],
-        "student_behind_16": learned["0.7"] - loss["moe_16"],
-        "latency_share": staged["read"] / big["read"],
         "latency_share_pyramid": arms["pyramid"]["read"] / big["read"],
     }
-    return {**figures, "detail": {"arms": arms, "students": students}}
+    return {"figures": figures, "arms": arms}
+
+
+def _taught_arms(sizes: Sizes, seed: int) -> dict[str, Any]:
+    """A pyramid, students of it that stop listening at different times, and the mixture that they are to replace."""
+    text = _text(sizes, seed)
+    big, _ = _arm(sizes, text, ARMS["moe_16"], seed)
+    pyramid, teacher = _arm(sizes, text, PYRAMID, seed)
+    students = {}
+    for stop in STOPS:
+        told = Teacher(teacher, stop) if stop else None
+        students[f"{stop:g}"], _ = _arm(sizes, text, STUDENT, seed + 100, told)
+    learned, staged = {stop: arm["test"] for stop, arm in students.items()}, students["0.7"]
+    figures = {
+        "loss_teacher": pyramid["test"],
+        "loss_narrow_16": big["test"],
+        **{f"loss_student_{stop.replace('.', '')}": value for stop, value in learned.items()},
+        "staged_gain": learned["0"] - learned["0.7"],
+        "staged_behind_full": learned["0.7"] - learned["1"],
+        "student_behind_16": learned["0.7"] - big["test"],
+        "latency_share": staged["read"] / big["read"],
+    }
+    return {"figures": figures, "students": students, "teacher": pyramid, "narrow_16": big}
 
 
 def _text(sizes: Sizes, seed: int) -> Text:
@@ -189,8 +211,8 @@ def _batch(text: Text, step: int, sizes: Sizes, seed: int) -> Tensor:
 
 def _arm(
     sizes: Sizes, text: Text, shape: tuple[Block, ...], seed: int, teacher: Teacher | None = None
-) -> dict[str, Any]:
-    """The model at the best rate of the grid: its loss, its size, and the bytes that a decoding step reads."""
+) -> tuple[dict[str, Any], WindowModel]:
+    """The model at the best rate of the grid; before it its loss, its size, and the bytes that a decoding step reads."""
     short = replace(sizes, steps=sizes.grid_steps)
     tried = {}
     if len(sizes.grid) > 1:
@@ -199,16 +221,16 @@ def _arm(
     lr = min(tried, key=lambda rate: tried[rate]) if tried else sizes.grid[0]
     began = time.perf_counter()
     model = _trained(sizes, text, shape, lr, seed, teacher)
-    seconds = time.perf_counter() - began
-    return {
+    found = {
         "lr": lr,
         "grid": {f"{rate:g}": loss for rate, loss in tried.items()},
+        "seconds": time.perf_counter() - began,
         "test": _loss(model, text.test),
         "parameters": sum(p.numel() for p in model.parameters()),
         "rows": sum(block.experts > 0 and (2 if block.kind == "top2" else 1) for block in shape),
         "read": _read(model, text.test),
-        "seconds": seconds,
     }
+    return found, model
 
 
 def _trained(

@@ -41,6 +41,7 @@ EXTRAS = {
     "chess": "chess",
     "pandas": "density",
     "pyarrow": "density",
+    "sacrebleu": "translation",
     "sklearn": "density",
     "soundfile": "audio",
     "spectral": "vision",

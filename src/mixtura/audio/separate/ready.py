@@ -18,7 +18,7 @@ from mixtura.audio.separate.query import QuerySeparator
 from mixtura.audio.separate.training import Mixing, fit_from_text
 from mixtura.core.training import History, TrainConfig
 
-__all__ = ["RECIPE", "SOUNDS", "default_separator", "labelled_sounds", "new_separator", "train_default"]
+__all__ = ["RATE", "RECIPE", "SOUNDS", "default_separator", "labelled_sounds", "new_separator", "train_default"]
 
 # What it knows, with other names for the same.
 SOUNDS: Mapping[str, Sequence[str]] = MappingProxyType(
@@ -40,6 +40,7 @@ SOUNDS: Mapping[str, Sequence[str]] = MappingProxyType(
         "speech": ("speaker", "talking", "spoken word", "voice over", "man speaking", "woman speaking"),
     }
 )
+RATE = 16_000  # samples a second
 SECONDS = 2.0
 # Adam without decay, as in the paper; the rate is three times its own, for a fiftieth of its steps.
 RECIPE: dict[str, Any] = {"lr": 3e-3, "warmup": 0.05, "weight_decay": 0.0, "betas": (0.9, 0.999)}
@@ -56,7 +57,7 @@ def default_separator() -> QuerySeparator:
         return QuerySeparator.from_pretrained(path)
 
 
-def labelled_sounds(phrases: int, *, rate: int = 16_000, seed: int = 0) -> tuple[Tensor, list[str]]:
+def labelled_sounds(phrases: int, *, rate: int = RATE, seed: int = 0) -> tuple[Tensor, list[str]]:
     """Clips of two seconds, shape (C, N), and the name of what each holds.
 
     Args:
@@ -106,7 +107,7 @@ def new_separator(tower: TextTower, *, seed: int = 0) -> QuerySeparator:
             depth=5,
             width=16,
             bands=128,
-            sample_rate=16_000,
+            sample_rate=RATE,
             n_fft=1024,
             hop=512,
             spread=3.0,

@@ -95,7 +95,8 @@ def fit_separator(
 
     Args:
         model: trained in place.
-        waves: shape (C, N), at the model's sample rate.
+        waves: shape (C, N), at the model's sample rate, of any floating type; rows are taken as they are drawn, so they may lie
+            in a file on disk (:func:`mixtura.audio.separate.pieces.unpack`).
         embeddings: shape (C, D), or (C, frames, D), of which the mean is taken.
         config: length and rate; the plan of the paper has no weight decay.
         mixing: batches.
@@ -114,11 +115,12 @@ def fit_separator(
     _check(model, waves, embeddings, mixing, objective, groups)
     query_CD = F.normalize(embeddings.mean(1), dim=-1) if embeddings.dim() == 3 else embeddings
     warm = int(mixing.warmup * config.steps) if objective is not None else 0
+    members = None if groups is None else [torch.nonzero(groups == g)[:, 0] for g in groups.unique()]
 
     def loss_at(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(mixing.seed * 1_000_003 + step)
-        rows_Bn = _drawn(len(waves), mixing, groups, rng)
-        sources = waves[rows_Bn]
+        rows_Bn = _drawn(len(waves), mixing, members, rng)
+        sources = waves[rows_Bn].float()
         if mixing.gain:
             level = (2 * torch.rand(rows_Bn.shape, generator=rng) - 1) * mixing.gain
             sources = sources * 10 ** (level / 20)[..., None]
@@ -196,12 +198,11 @@ def fit_from_text(
     )
 
 
-def _drawn(clips: int, mixing: Mixing, groups: Tensor | None, rng: torch.Generator) -> Tensor:
-    """Clips of each mixture, shape (B, n): different ones, and of different groups where groups are known."""
-    if groups is None:
+def _drawn(clips: int, mixing: Mixing, members: Sequence[Tensor] | None, rng: torch.Generator) -> Tensor:
+    """Clips of each mixture, shape (B, n): different ones, and of different groups where their members are known."""
+    if members is None:
         rows = [torch.randperm(clips, generator=rng)[: mixing.sources] for _ in range(mixing.batch)]
         return torch.stack(rows)
-    members = [torch.nonzero(groups == g)[:, 0] for g in groups.unique()]
     rows = []
     for _ in range(mixing.batch):
         chosen = torch.randperm(len(members), generator=rng)[: mixing.sources]
@@ -224,9 +225,12 @@ def _check(
         )
     if embeddings.shape[-1] != model.embed_dim:
         raise ValueError(f"embeddings have width {embeddings.shape[-1]}, this separator takes {model.embed_dim}")
-    if not bool(waves.isfinite().all()):
-        raise ValueError("waves must be finite; they hold NaN or infinity")
-    if silent := int((waves.abs().amax(1) == 0).sum()):
+    silent = 0
+    for part in waves.split(256):  # they may be larger than memory
+        if not bool(part.isfinite().all()):
+            raise ValueError("waves must be finite; they hold NaN or infinity")
+        silent += int((part.abs().amax(1) == 0).sum())
+    if silent:
         raise ValueError(f"{silent} of {len(waves)} clips are silent; leave them out")
     if objective is not None and mixing.sources != len(model.noise):
         raise ValueError(

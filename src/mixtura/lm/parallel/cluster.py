@@ -87,6 +87,9 @@ class ModelShape:
         matrices: of one expert, 3 when gated, else 2.
         vocabulary: tokens; ``tied`` says whether input and output share the table.
         sequence: tokens of one text.
+        router_statistics: what a router without weights reads of the experts, ``"diagonal"`` or ``"full"``
+            (:mod:`mixtura.core.sparsity_gate`); "" for one with weights.
+        biased: whether the experts' hidden units have a bias, which such a router reads as one more input.
         bytes: of one weight or activation value as computed with.
     """
 
@@ -101,6 +104,8 @@ class ModelShape:
     matrices: int = 2
     vocabulary: int = 0
     tied: bool = True
+    router_statistics: str = ""
+    biased: bool = False
     bytes: int = 2
 
     @property
@@ -128,7 +133,10 @@ class ModelShape:
         queries = self.heads_width or self.width
         attention = 2 * self.width * queries + 2 * self.width * (self.kv_width or queries)
         layers = sum(
-            attention + 2 * self.width + self.matrices * self.width * self.shared + count * self.width
+            attention
+            + 2 * self.width
+            + self.matrices * self.width * self.shared
+            + (0 if self.router_statistics else count * self.width)
             for count in self.experts
         )
         return layers + self.width + (1 if self.tied else 2) * self.vocabulary * self.width
@@ -149,6 +157,17 @@ class ModelShape:
     def row_bytes(self) -> int:
         """Of one row on its way to an expert or back."""
         return self.bytes * self.width
+
+    @property
+    def statistics_numbers(self) -> int:
+        """Numbers that the router needs of one expert: means and variances of its inputs, or all their covariances."""
+        inputs = self.width + self.biased
+        return {"": 0, "diagonal": 2 * inputs, "full": inputs + inputs**2}[self.router_statistics]
+
+    @property
+    def statistics_bytes(self) -> int:
+        """Of those of one expert; float32 whatever the weights are."""
+        return 4 * self.statistics_numbers
 
     @staticmethod
     def of(config: Any, *, sequence: int | None = None) -> "ModelShape":
@@ -183,6 +202,8 @@ class ModelShape:
             matrices=3 if read("mlp_gated", default=True) else 2,
             vocabulary=read("vocab_size"),
             tied=bool(read("tie_word_embeddings", default=False)),
+            router_statistics=read("router_statistics") if read("router", default="linear") == "sparsity" else "",
+            biased=bool(read("mlp_bias", default=False)),
         )
 
 

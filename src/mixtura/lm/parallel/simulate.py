@@ -4,6 +4,9 @@ One layer and iteration, with attention taking A seconds forward and 2 A backwar
 
     3 A + 4 exchanges + 3 times the rows of the busiest device + copies that outlast the attention they hide behind + moves
 
+A router that reads the experts' weights is told of those that lie elsewhere, forward and back, which counts as exchange; where
+all weights are everywhere (FSDP) it need not be.
+
 Every system sees what it would: Hecate plans with past loads, FasterMoE with the true ones (it decides after the gate), SmartMoE
 and FlexMoE move experts with their optimizer states when the time they expect to save before the next look is more than the
 move takes. Seconds are modelled, not measured.
@@ -21,7 +24,7 @@ from numpy.typing import NDArray
 from mixtura.lm.parallel.cluster import Cluster, ModelShape
 from mixtura.lm.parallel.load_trace import LoadTrace
 from mixtura.lm.parallel.systems import SYSTEMS, Setting, System
-from mixtura.lm.parallel.traffic import flow
+from mixtura.lm.parallel.traffic import flow, told_seconds
 
 __all__ = ["SimReport", "simulate", "tune"]
 
@@ -71,13 +74,16 @@ def simulate(
     attention, moves, uneven = setting.attention_seconds, 0.0, 0.0
     parts = {name: np.zeros(n_layers) for name in ("exchange", "experts", "copies")}
     copies = 0.0
+    told = 0.0
+    if shape.router_statistics and system != "fsdp":
+        told = 2 * told_seconds(shape.statistics_bytes, setting.experts, cluster)
     for t in range(n_iterations):
         load = trace.counts[t].astype(np.float64)
         plan = policy.plan(t, load)
         if t < skip:
             continue
         rows = flow(plan.placement, load, cluster)
-        parts["exchange"] += 4 * rows.exchange_seconds(shape.row_bytes, cluster)
+        parts["exchange"] += 4 * rows.exchange_seconds(shape.row_bytes, cluster) + told
         parts["experts"] += 3 * rows.computed.max(-1) * shape.row_flops / cluster.flops
         hidden = np.maximum(plan.forward - attention, 0) + np.maximum(plan.backward - 2 * attention, 0)
         parts["copies"] += hidden + plan.exposed

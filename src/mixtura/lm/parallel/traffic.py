@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mixtura.lm.parallel.cluster import Cluster
 
-__all__ = ["Flow", "copy_seconds", "flow", "moved_chunks"]
+__all__ = ["Flow", "copy_seconds", "flow", "moved_chunks", "told_seconds"]
 
 Floats = NDArray[np.floating]
 Bools = NDArray[np.bool_]
@@ -66,6 +66,18 @@ def flow(placement: Bools, load: Floats, cluster: Cluster) -> Flow:
     out_node = (absent * per * each).sum(-2)
     computed = (held * (each_D + near_D + far)).sum(-2)
     return Flow(computed, np.maximum(into, out), np.maximum(into_node, out_node))
+
+
+def told_seconds(expert_bytes: float, n_experts: int, cluster: Cluster) -> float:
+    """Of one exchange in which each device tells every other one something of the experts that it holds, so many bytes each.
+
+    What a router that reads experts' weights needs in a forward pass, and the other way round in a backward pass. Every device
+    is told by itself, also across a node's border.
+    """
+    own, per = expert_bytes * n_experts / cluster.devices, cluster.devices_per_node
+    intra = (per - 1) * own / cluster.intra_bw
+    inter = per * (cluster.devices - per) * own / cluster.inter_bw
+    return max(intra, inter) + cluster.latency * (cluster.devices - 1)
 
 
 def moved_chunks(before: Bools, after: Bools, cluster: Cluster) -> tuple[Floats, Floats]:
