@@ -1,16 +1,14 @@
 """Masks of parameters that FSDP2 cuts in rows: the same masks as in one process, over two and four."""
 
 import copy
-import tempfile
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from process_group import in_processes
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -25,21 +23,6 @@ from mixtura.core.sparse_training import MaskConfig, MaskOptimizer
 
 STEPS = 21
 MORE = ("single precision", "set")  # with two processes only
-
-
-def over_processes(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
-    """What ``work(rank, *args)`` returns in each of ``world`` processes of a gloo group."""
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.start_processes(_process, (world, work, args, folder), nprocs=world, start_method="fork")
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
-
-
-def _process(rank: int, world: int, work: Callable[..., Any], args: tuple[Any, ...], folder: str) -> None:
-    torch.set_num_threads(1)
-    meet = f"file://{folder}/meet"
-    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=world, timeout=timedelta(seconds=120))
-    torch.save(work(rank, *args), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 class Stack(nn.Module):
@@ -185,7 +168,7 @@ def everywhere(rank: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_masks_that_are_cut_move_as_in_one_process(world: int):
-    found = over_processes(world, everywhere)
+    found = in_processes(world, everywhere)
     for name in CASES if world == 2 else [n for n in CASES if n not in MORE]:
         net, made = begun(name, sharded=False)
         first = {n: one.mask.clone() for n, one in made.masked.items()}
@@ -228,7 +211,7 @@ def ties(rank: int) -> list[torch.Tensor]:
 
 
 def test_of_equal_weights_the_first_go_in_however_many_processes():
-    found = over_processes(4, ties)
+    found = in_processes(4, ties)
     want = []
     for seed in range(6):
         generator = torch.Generator().manual_seed(seed)
@@ -284,7 +267,7 @@ def other_cuts(rank: int) -> list[str]:
 
 
 def test_only_rows_over_one_axis_are_taken_and_copies_of_them_agree():
-    for rank, (refused, empty, copied) in enumerate(over_processes(4, other_cuts)):
+    for rank, (refused, empty, copied) in enumerate(in_processes(4, other_cuts)):
         assert "weight is cut as (Shard(dim=1),)" in refused and "as fully_shard does" in refused
         assert "0.weight is on meta, and its processes exchange over cpu" in empty
         assert copied == f"{8 * (rank % 2)} 8 1 40"
