@@ -397,18 +397,19 @@ CLAIM = Claim(
     run=run,
     plot=plot,
     limits=(
-        "One check fails: banning the best sixteenth of the experts costs 1.70 times as much as in GShard (1.87, 1.71 and 1.52 by "
-        "seed), and 1.8 was asked for. There is little more to lose: the error goes from 0.04 to 0.84, where an answer that knows "
-        "nothing has 1, and GShard's from 0.20 to 0.67. Where gates are made to sum to 1 a ban costs GShard 0.16 only, but that "
-        "is its worse form. The concepts are trained with the decay of the text, the paper's; without it GShard does best at a "
-        "rate of 0.02 in two of three seeds, and experts that a token does not choose answer with a hundred times the variance. "
-        "The concepts are made up, with what large experts suffer from built in; the text must hold as well. Which expert knows "
-        "what has to be found first: with another seed small experts were 0.91 of GShard's error after 600 steps, 0.66 after "
-        "2,400, and 0.27 after 6,000, so the layers are trained for 5,000, at rates chosen after 1,000. On the concepts a part "
-        "of what the shared expert brings is the size of the output at the start: its own share (concept_shared_share) is "
-        "reported and not judged. Matrices start at the width to the power of -1/2 in every arm; at the paper's 0.006, scaled to "
-        "this width (0.02), GShard was ahead by 0.09 nats after 240 steps (one seed, one rate). Text: 600 steps of 1,024 "
-        "tokens, far from converged; so early a banned expert costs about as much in both (text_ban_*), since half of what a "
-        "token of GShard computes goes with it while our shared expert stays; reported and not judged."
+        "One check fails: banning the best sixteenth of the experts costs 1.70 times as much as in GShard (1.87, 1.71 and 1.52 "
+        "by seed), and 1.8 was asked for. There is little more to lose: the error goes from 0.04 to 0.84, where an answer that "
+        "knows nothing has 1, and GShard's from 0.20 to 0.67. Where gates are made to sum to 1 a ban costs GShard 0.16 only, "
+        "but that is its worse form. The concepts are trained with the decay of the text, the paper's; without it GShard does "
+        "best at a rate of 0.02 in two of three seeds, and experts that a token does not choose answer with a hundred times the "
+        "variance. The concepts are made up, with what large experts suffer from built in; the text must hold as well. Which "
+        "expert knows what has to be found first: with another seed small experts were 0.91 of GShard's error after 600 steps, "
+        "0.66 after 2,400, and 0.27 after 6,000, so the layers are trained for 5,000, at rates chosen after 1,000. On the "
+        "concepts a part of what the shared expert brings is the size of the output at the start: its own share "
+        "(concept_shared_share) is reported and not judged. Matrices start at the width to the power of -1/2 in every arm; at "
+        "the paper's 0.006, scaled to this width (0.02), GShard was ahead by 0.09 nats after 240 steps (one seed, one rate). "
+        "Text: 600 steps of 1,024 tokens, far from converged; so early a banned expert costs about as much in both "
+        "(text_ban_*), since half of what a token of GShard computes goes with it while our shared expert stays; reported and "
+        "not judged."
     ),
 )
