@@ -174,16 +174,21 @@ def test_pictures_alone_teach_what_words_then_ask_for(videos, tmp_path, caplog):
 
 def test_an_interrupted_run_goes_on_without_looking_again_and_not_as_another(videos, tmp_path, monkeypatch):
     sounds, frames, learned = videos
-    looked = []
+    looked, seen = [], []
     monkeypatch.setattr(
         type(learned),
         "embed_image",
         lambda self, x: looked.append(len(x)) or F.normalize(self.pictures(x[:, None]), dim=-1),
     )
     with monkeypatch.context() as interrupted:
-        interrupted.setattr(own, "fit_separator", partial(own.fit_separator, stop=1))
+        stopped = partial(own.fit_separator, stop=1)
+        interrupted.setattr(
+            own, "fit_separator", lambda *given, **options: seen.append(options) or stopped(*given, **options)
+        )
         train_by_pictures(sounds, frames, learned, tmp_path / "s", steps=2)
     assert sum(looked) == 32
+    assert torch.equal(seen[0]["groups"], torch.arange(8).repeat_interleave(4)), "a clip is never mixed with itself"
+    assert seen[0]["objective"].gamma == 0.25 and seen[0]["mixing"].mask == "binary"
     with pytest.raises(ValueError, match="noise_heads"):
         train_by_pictures(sounds, frames, learned, tmp_path / "s", steps=2, noise_heads=False)
     done = train_by_pictures(sounds, frames, learned, tmp_path / "s", steps=2)

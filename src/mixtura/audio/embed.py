@@ -323,6 +323,8 @@ def load_encoder(name: str | Path) -> ClipEmbedding | SmallClip:
         if not isinstance(made, SmallClip):
             raise ValueError(f"{name} holds a tower of kind {type(made).__name__}, which reads no pictures")
         return made
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"there is no directory {name}, which should hold a CLIP")
     try:
         return ClipEmbedding(str(Path(name).resolve() if Path(name).is_dir() else name))
     except (OSError, ValueError) as error:
