@@ -37,6 +37,23 @@ def test_a_converted_checkpoint_costs_the_same_is_trained_sparse_and_generates(h
     assert not any(bool(m.parameter[~m.mask].any()) for m in after.values())
 
 
+def test_groups_that_hardware_skips_are_kept_by_training(here, tiny_dense, tmp_path: Path):  # noqa: F811
+    from mixtura.core.sparse_layers import masked_parameters
+    from mixtura.lm import loading
+
+    (tmp_path / "sums.txt").write_text("12 + 3 = 15\n" * 400)
+    done = here("convert", tiny_dense, "out", "--kind", "doped", "--groups", "2:4", "--match", "layer", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Costs are equal layer by layer" in (tmp_path / "out" / "README.md").read_text()
+    arguments = ("--text", "sums.txt", "--steps", 4, "--batch", 2, "--length", 32, "--out", "trained")
+    done = here("train", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    before, after = (masked_parameters(loading.load(tmp_path / path)[0]) for path in ("out", "trained"))
+    for name, found in after.items():
+        assert bool((found.mask.view(-1, 4).sum(-1) == 2).all()), name
+    assert any(bool((found.mask != before[name].mask).any()) for name, found in after.items())
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, tiny_dense, tmp_path: Path):  # noqa: F811
     done = here("convert", tiny_dense, "out", "--kind", "parallel", "--sparsity", 0.75, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -50,6 +67,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, tiny_dense, tm
         (("--sparsity", 1), "sparsity must be in [0, 1), got 1.0"),
         (("--length", 10_000), "length must be between 1 and the model's 256 positions"),
         (("--sparsity", 0.97), "the largest sparsity that fits is"),
+        (("--groups", "2:4"), "fixes the density at 2/4: give match='layer'"),
+        (("--groups", "2/4"), "--groups must be two numbers as in 2:4, got '2/4'"),
         (("--plot", "cost.bmp"), "--plot must end in"),
         (("--device", "warp"), "--device must be"),
     ],

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -272,9 +273,46 @@ def test_a_budget_that_the_dense_layers_alone_exceed_names_the_largest_sparsity(
     widen(factory, IsoFlop("wide", 0.95), width=64, example_input=torch.zeros(1, 20))
 
 
-def test_two_of_four_masks_are_drawn_where_the_sparsity_is_a_half():
-    x = torch.zeros(1, 20)
-    transform = IsoFlop("parallel", 0.5, match="layer", n_m=(2, 4), between=Between(norm="none"))
-    made = convert(perceptron(16), transform, example_input=x, fresh=True)
-    for found in masked_parameters(made).values():
-        assert bool((found.mask.view(-1, 4).sum(-1) == 2).all())
+GROUPS = IsoFlop("wide", 0.5, match="layer", n_m=(2, 4))
+
+
+def two_of_four(mask: torch.Tensor) -> bool:
+    """Along the inputs, by a loop over groups: the second axis of a matrix and of a convolution."""
+    columns = mask.transpose(0, 1)
+    return all(bool((columns[i : i + 4].sum(0) == 2).all()) for i in range(0, len(columns), 4))
+
+
+@pytest.mark.parametrize("member", ["parallel", "factorized", "doped"])
+def test_two_of_four_masks_are_drawn_where_the_sparsity_is_a_half(member: str):
+    transform = replace(GROUPS, member=member, between=Between(norm="none"))
+    for net, x in ((perceptron(16), torch.zeros(1, 20)), (Residual(8), torch.zeros(1, 1, 8, 8))):
+        made = convert(net, transform, example_input=x, fresh=True)
+        masks = masked_parameters(made)
+        assert masks and all(two_of_four(found.mask) for found in masks.values())
+        # The rank of factorized layers is a whole number of groups, at most three more.
+        assert count_flops(made, x).total < 1.3 * count_flops(net, x).total
+
+
+def test_a_widened_network_has_groups_and_a_trained_doped_layer_keeps_the_largest_of_each():
+    made = widen(perceptron, GROUPS, width=17, example_input=torch.zeros(1, 20), multiple_of=4)
+    assert made[0].weight.shape == (24, 20) and all(two_of_four(f.mask) for f in masked_parameters(made).values())
+    net = Residual(8)
+    made = convert(net, replace(GROUPS, member="doped"), example_input=torch.zeros(1, 1, 8, 8))
+    mask, sizes = made.second.sparse.mask, net.second.weight.detach().abs()
+    assert two_of_four(mask)
+    for i in range(0, 16, 4):
+        kept = sizes[:, i : i + 4].masked_fill(~mask[:, i : i + 4], torch.inf).amin(1)
+        assert bool((kept >= sizes[:, i : i + 4].masked_fill(mask[:, i : i + 4], 0).amax(1)).all())
+
+
+def test_layers_that_groups_do_not_divide_and_other_densities_are_named():
+    with pytest.raises(
+        ValueError, match=r"4 does not divide the 21 inputs of 0.sparse.weight, \(16, 21\); leave the layer out by skip"
+    ):
+        convert(perceptron(16, 21), replace(GROUPS, member="doped"), example_input=torch.zeros(1, 21), fresh=True)
+    with pytest.raises(ValueError, match=r"4 does not divide the 18 inputs of 3.weight, .*multiple_of"):
+        widen(perceptron, GROUPS, width=13, example_input=torch.zeros(1, 20))
+    with pytest.raises(ValueError, match=r"n_m=\(1, 4\) fixes the density at 1/4: give .* sparsity=0.75, got"):
+        IsoFlop("wide", 0.5, match="layer", n_m=(1, 4))
+    with pytest.raises(ValueError, match="0 < N <= M"):
+        IsoFlop("wide", 0.5, match="layer", n_m=(4, 2))

@@ -112,7 +112,7 @@ def test_a_mask_has_exactly_the_number_of_active_weights_and_the_pattern_asked_f
     assert bool((mask.view(-1, 4).sum(-1) == 2).all())
     with pytest.raises(ValueError, match="active must be between 0 and 24"):
         draw_mask((4, 6), 25)
-    with pytest.raises(ValueError, match="2 of every 4 along the last axis does not fit 24"):
+    with pytest.raises(ValueError, match="2 of every 4 along axis 1 does not fit 24"):
         draw_mask((8, 6), 24, n_m=(2, 4))
 
 
@@ -145,3 +145,24 @@ def test_what_stands_between_is_checked(options: dict[str, str], message: str):
         FactorizedSparse(nn.Conv2d(2, 2, 3), 2, Between(norm="rms"))
     with pytest.raises(ValueError, match=r"mask must have the weight's shape \(2, 3\)"):
         SparseLinear(3, 2).set_mask(torch.ones(3, 2, dtype=torch.bool))
+
+
+def test_the_form_of_hardware_that_skips_two_of_four_needs_the_pattern_and_the_device():
+    layer = SparseLinear(8, 4)
+    with pytest.raises(ValueError, match=r"more than 2 active of some 4 neighbours; draw it with n_m=\(2, 4\)"):
+        layer.to_sparse_semi_structured()
+    layer.set_mask(draw_mask((4, 8), 16, n_m=(2, 4), generator=seeded()))
+    with pytest.raises(ValueError, match=r"for CUDA devices .* the layer is on cpu"):
+        layer.to_sparse_semi_structured()
+    with pytest.raises(ValueError, match="more than 2 active"):
+        SparseLinear(6, 4).to_sparse_semi_structured()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="2:4 products are for CUDA devices")
+def test_two_of_four_products_on_a_device_are_those_of_the_layer():
+    layer = SparseLinear(128, 64)
+    layer.set_mask(draw_mask((64, 128), 64 * 64, n_m=(2, 4), generator=seeded()))
+    layer = layer.to("cuda", torch.bfloat16)
+    x = torch.randn(64, 128, generator=seeded(1)).to("cuda", torch.bfloat16)
+    found = F.linear(x, layer.to_sparse_semi_structured(), layer.bias)
+    torch.testing.assert_close(found, layer(x), rtol=2e-2, atol=2e-2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from process_group import in_processes
 from transformers import AutoModelForCausalLM
 
 from mixtura.core.isoflop import IsoFlop
@@ -14,7 +15,9 @@ from mixtura.core.sparse_layers import Between, masked_parameters
 from mixtura.core.sparse_training import MaskConfig
 from mixtura.core.training import TrainConfig, fit
 from mixtura.lm.isoflop import BETWEEN, convert, count, widened_config
-from mixtura.lm.training import language_loss
+from mixtura.lm.parallel import make_mesh
+from mixtura.lm.parallel.training import ExpertParallel
+from mixtura.lm.training import language_loss, train
 
 MEMBERS = ("wide", "parallel", "factorized", "doped")
 LENGTH = 24
@@ -184,3 +187,72 @@ def test_a_checkpoint_of_another_structure_is_refused(tmp_path: Path):
         ValueError, match=r"has a sparse model\.layers\.1\.self_attn\.q_proj, which LlamaForCausalLM does not"
     ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+class Letters:
+    """A tokenizer, one token a letter."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) % 95 + 1 for letter in text]}
+
+
+@pytest.mark.parametrize(("family", "member"), [("mixtral", "wide"), ("gpt2", "factorized"), ("llama", "doped")])
+def test_two_of_four_masks_live_through_training_and_the_disk(family: str, member: str, tmp_path: Path):
+    transform = IsoFlop(member, 0.5, match="layer", between=BETWEEN, n_m=(2, 4))
+    model = convert(tiny(family), transform, length=LENGTH, multiple_of=4)
+    before = {n: found.mask.clone() for n, found in masked_parameters(model).items()}
+    ids = torch.arange(40)[None] % 96
+    train(
+        model, Letters(), ["Of every four, two."] * 60, steps=8, batch_size=2, length=16
+    )  # which sees from the config that there are groups to keep
+    masks = masked_parameters(model)
+    assert all(bool((found.mask.reshape(-1, 4).sum(-1) == 2).all()) for found in masks.values())
+    assert any(not torch.equal(found.mask, before[n]) for n, found in masks.items())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    train(loaded, Letters(), ["Of every four, two."] * 60, steps=8, batch_size=2, length=16)
+    assert all(bool((f.mask.reshape(-1, 4).sum(-1) == 2).all()) for f in masked_parameters(loaded).values())
+
+
+def test_groups_of_inputs_are_refused_where_a_family_holds_outputs_in_rows():
+    transform = IsoFlop("wide", 0.5, match="layer", n_m=(2, 4))
+    with pytest.raises(ValueError, match="gpt2 holds its matrices the other way round; take another member"):
+        convert(tiny("gpt2"), transform, length=LENGTH)
+
+
+def over_two(rank: int, folder: Path) -> dict[str, Any]:
+    team = ExpertParallel(make_mesh(2), form="E+D+Z")
+    model = trained_sparsely(folder / "two", team, stop=7)
+    masks = {n: t for n, t in team.state(model).items() if "mask" in n}
+    # And what one process began goes on in two.
+    state = team.state(trained_sparsely(folder / "one", team))
+    return {"masks": masks, "state": state}
+
+
+def trained_sparsely(out: Path, team: Any = None, stop: int | None = None) -> Any:
+    model = converted("llama", "doped", 0.5).double()
+    if team is not None:
+        team.adopt(model)
+
+    def loss_at(step: int) -> torch.Tensor:
+        ids = torch.randint(96, (4, 16), generator=torch.Generator().manual_seed(step))
+        if team is None:
+            return language_loss(model, ids)
+        return language_loss(model, team.rows(ids), shared=team.shared)
+
+    masks = MaskConfig(every=2, joint_decay=True)
+    fit(model, loss_at, TrainConfig(steps=12), masks=masks, out=out, stop=stop, team=team)
+    return model
+
+
+def test_a_sparse_model_that_fsdp_cuts_trains_and_resumes_in_one_process_or_two(tmp_path: Path):
+    want = trained_sparsely(tmp_path / "whole").state_dict()
+    half = trained_sparsely(tmp_path / "one", stop=7).state_dict()
+    found = in_processes(2, over_two, tmp_path)[0]
+    assert found["masks"] and all(torch.equal(t, half[n]) for n, t in found["masks"].items())
+    for state in (found["state"], trained_sparsely(tmp_path / "two").state_dict()):
+        for name, tensor in want.items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-7, atol=1e-9)

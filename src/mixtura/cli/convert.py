@@ -50,6 +50,13 @@ def convert(
         typer.Option(help="Hold the network's multiply-adds equal, or give every layer the density 1 - sparsity."),
     ] = MatchName.network,
     erk: Annotated[bool, typer.Option("--erk", help="Denser where layers are small, instead of one density.")] = False,
+    groups: Annotated[
+        str,
+        typer.Option(
+            help="Masks with N active of every M inputs, as 2:4, for hardware that skips such zeros; with --match layer and "
+            "--sparsity 1 - N/M."
+        ),
+    ] = "",
     skip: Annotated[list[str] | None, typer.Option(help="Layers to leave dense, as *.o_proj; may be repeated.")] = None,
     length: Annotated[int, typer.Option(help="Tokens of the text for which costs are equal.")] = 128,
     multiple_of: Annotated[int, typer.Option(help="Hidden units of a wide model are a multiple of this.")] = 1,
@@ -72,6 +79,8 @@ def convert(
 
         mixtura convert base out/doped --kind doped --sparsity 0.9 --skip "*.o_proj"
 
+        mixtura convert base out/groups --kind doped --groups 2:4 --match layer
+
         mixtura train out/wide --text notes/ --masks rigl --steps 2000
     """
     from mixtura.cli import work
@@ -85,6 +94,7 @@ def convert(
             "match": match.value,
             "distribution": "erk" if erk else "uniform",
             "skip": tuple(skip or ()),
+            "n_m": _groups(groups),
         },
         length=length,
         multiple_of=multiple_of,
@@ -95,3 +105,10 @@ def convert(
         command=shlex.join(["mixtura", *sys.argv[1:]]),
         say=lambda line: Console(highlight=False).print(line, soft_wrap=True, markup=False),
     )
+
+
+def _groups(text: str) -> tuple[int, int]:
+    n, _, m = (text or "0:0").partition(":")
+    if not (n.isdecimal() and m.isdecimal()):
+        raise ValueError(f"--groups must be two numbers as in 2:4, got {text!r}")
+    return int(n), int(m)

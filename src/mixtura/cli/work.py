@@ -361,6 +361,7 @@ def convert(
         match=options["match"],
         distribution=options["distribution"],
         between=BETWEEN,
+        n_m=options["n_m"],
     )
     how, kept = convert_picture.named(kind, s), convert_picture.KEPT[kind]
     config = loading.load_config(source)
@@ -385,10 +386,11 @@ def convert(
         "parameters, inactive ones counted": total,
         "seconds": round(meter.seconds, 1),
     }
+    equal = f"Costs are equal at {length} tokens" if transform.match == "network" else "Costs are equal layer by layer"
     card = {
         "title": out.name,
         "base": [source],
-        "recipe": f"Converted with mixtura by `sparse-ift`, {how}: {kept}. Costs are equal at {length} tokens.",
+        "recipe": f"Converted with mixtura by `sparse-ift`, {how}: {kept}. {equal}.",
         "command": command,
         "figures": figures,
         "usage": usage_of(made, out),

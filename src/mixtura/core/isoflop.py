@@ -23,24 +23,31 @@ import copy
 import fnmatch
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mixtura.core.flops import FlopReport, WeightCost, count_flops
+from mixtura.core.flops import FlopReport, count_flops
+from mixtura.core.isoflop_sizes import (
+    MEMBERS,
+    IsoFlop,
+    active_counts,
+    branches,
+    doped_rank,
+    factorized_rank,
+    matrix_shape,
+    scaled_width,
+    widening,
+)
+from mixtura.core.masks import Masked, draw_mask, input_axis, largest_of_groups, masked_parameters
 from mixtura.core.sparse_layers import (
-    Between,
     DopedSparse,
     FactorizedSparse,
-    Masked,
     ParallelSparse,
     SparseConv2d,
     SparseLinear,
-    draw_mask,
-    masked_parameters,
 )
 
 __all__ = [
@@ -65,155 +72,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-MEMBERS = ("wide", "parallel", "factorized", "doped")
 _NOTHING = "{} has no linear layer or convolution before its last one to convert"
 Initialise = Callable[[nn.Module, torch.Generator | None], None]
-
-
-@dataclass(frozen=True)
-class IsoFlop:
-    """Which transformation, and how sparse.
-
-    Attributes:
-        member: ``"wide"``, ``"parallel"``, ``"factorized"`` or ``"doped"``.
-        sparsity: s in [0, 1); it sets the size, and the density up to what ``match`` changes.
-        skip: patterns (as of a shell) of layers to leave dense, by the names of their modules. The last layer that is called
-            (the head) and, where it is a convolution, the first (the stem) are left in any case.
-        match: ``"network"``: the network's multiply-adds equal the dense one's to the unit of one weight; ``"layer"``: masked
-            layers have density 1 - s.
-        distribution: ``"uniform"``: one density for all masked layers; ``"erk"``: larger where a layer is small.
-        between: the norm and activation inside parallel and factorized layers.
-        n_m: (N, M) for masks with N active of every M neighbours, with N / M = 1 - s and ``match="layer"``; (0, 0): none.
-    """
-
-    member: Literal["wide", "parallel", "factorized", "doped"]
-    sparsity: float
-    skip: tuple[str, ...] = ()
-    match: Literal["network", "layer"] = "network"
-    distribution: Literal["uniform", "erk"] = "uniform"
-    between: Between = field(default_factory=Between)
-    n_m: tuple[int, int] = (0, 0)
-
-    def __post_init__(self) -> None:
-        for name, value, known in (
-            ("member", self.member, MEMBERS),
-            ("match", self.match, ("network", "layer")),
-            ("distribution", self.distribution, ("uniform", "erk")),
-        ):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
-        if not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.member == "parallel":
-            branches(self.sparsity)
-        n, m = self.n_m
-        if m and (
-            self.match != "layer" or not math.isclose(n / m, 1 - self.sparsity) or self.distribution != "uniform"
-        ):
-            raise ValueError(
-                f"n_m={self.n_m} fixes the density at {n}/{m}: give match='layer', distribution='uniform' and "
-                f"sparsity={1 - n / m:g}, got {self.match!r}, {self.distribution!r} and {self.sparsity}"
-            )
-
-
-def widening(sparsity: float) -> float:
-    """Factor on both sides of every layer: k = 1 / sqrt(1 - s).
-
-    Example:
-        >>> [round(widening(s), 2) for s in (0, 0.5, 0.75, 0.9)]
-        [1.0, 1.41, 2.0, 3.16]
-    """
-    return 1 / math.sqrt(1 - sparsity)
-
-
-def branches(sparsity: float) -> int:
-    """Parallel branches: 1 / (1 - s).
-
-    Raises:
-        ValueError: it is no integer; the nearest sparsities on both sides for which it is are named.
-    """
-    n = 1 / (1 - sparsity)
-    if abs(n - round(n)) > 1e-6 * n:
-        low, high = math.floor(n), math.ceil(n)
-        raise ValueError(
-            f"parallel branches number 1 / (1 - sparsity), which must be an integer; sparsity={sparsity} gives {n:.3g}: "
-            f"take {1 - 1 / low:.4g} ({low} branches) or {1 - 1 / high:.4g} ({high})"
-        )
-    return round(n)
-
-
-def factorized_rank(inputs: int, outputs: int, sparsity: float) -> int:
-    """Smallest d with d (I + O) (1 - s) >= I O; for a k x k convolution I counts the kernel, I = k² channels.
-
-    Example:
-        >>> factorized_rank(64, 64, 0.5), factorized_rank(9 * 16, 16, 0.75)
-        (64, 58)
-    """
-    return math.ceil(inputs * outputs / ((1 - sparsity) * (inputs + outputs)))
-
-
-def doped_rank(inputs: int, outputs: int, sparsity: float) -> int:
-    """Largest d with d (I + O) <= s I O.
-
-    Example:
-        >>> doped_rank(64, 64, 0.5), doped_rank(64, 64, 0.0)
-        (16, 0)
-    """
-    return math.floor(sparsity * inputs * outputs / (inputs + outputs))
-
-
-def scaled_width(width: int, sparsity: float, *, multiple_of: int = 1) -> int:
-    """The multiple of ``multiple_of`` nearest to ``width * widening(sparsity)``, at least one of them."""
-    return max(1, round(width * widening(sparsity) / multiple_of)) * multiple_of
-
-
-def matrix_shape(layer: nn.Linear | nn.Conv2d) -> tuple[int, int]:
-    """Inputs and outputs of a layer's matrix; the inputs of a convolution count its kernel."""
-    return layer.weight[0].numel(), layer.weight.shape[0]
-
-
-def active_counts(
-    costs: Mapping[str, WeightCost],
-    budget: float,
-    *,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-) -> dict[str, int]:
-    """Active weights of each masked parameter, so that their multiply-adds come to ``budget``.
-
-    Args:
-        costs: by name, what each parameter costs when all of it is active.
-        budget: multiply-adds to spend, between 0 and the sum of the costs.
-        shapes: with them densities follow ERK, sum of a shape's axes over their product, and layers that would pass 1 are
-            dense; without them one density serves all.
-    Returns:
-        Numbers whose cost is below the budget by less than the cheapest weight, as long as any can be added.
-    Example:
-        >>> active_counts({"a": WeightCost(100, 100, 100), "b": WeightCost(300, 100, 100)}, 200)
-        {'a': 50, 'b': 50}
-    """
-    raw = {n: 1.0 if shapes is None else sum(shapes[n]) / math.prod(shapes[n]) for n in costs}
-    full: set[str] = set()
-    while True:
-        free = [n for n in costs if n not in full]
-        left = budget - sum(costs[n].dense for n in full)
-        scale = left / sum(raw[n] * costs[n].dense for n in free) if free else 0.0
-        passed = {n for n in free if scale * raw[n] > 1}
-        if not passed:
-            break
-        full |= passed
-    ideal = {n: costs[n].numel * (1.0 if n in full else scale * raw[n]) for n in costs}
-    counts = {n: min(costs[n].numel, int(ideal[n] + 1e-6)) for n in costs}
-    left = budget - sum(costs[n].each * counts[n] for n in costs)
-    # What rounding down left over, one weight each in the order of what each layer lost; then anything that still fits.
-    for n in sorted(costs, key=lambda n: counts[n] - ideal[n]):
-        if counts[n] < costs[n].numel and costs[n].each <= left + 1e-6:
-            counts[n] += 1
-            left -= costs[n].each
-    for n in sorted(costs, key=lambda n: -costs[n].each):
-        more = min(costs[n].numel - counts[n], int((left + 1e-6) / costs[n].each))
-        counts[n] += more
-        left -= more * costs[n].each
-    return counts
 
 
 def convert(
@@ -268,7 +128,7 @@ def convert(
     draw_masks(model, after, transform, before.total - unmasked, generator=generator)
     if transform.member == "doped" and not fresh:
         for name in names:
-            _dope(old[name], model.get_submodule(name))
+            _dope(old[name], model.get_submodule(name), transform.n_m)
     return model
 
 
@@ -364,7 +224,14 @@ def draw_masks(
         budget: multiply-adds for the masked parameters, where ``match`` is ``"network"``.
     """
     masks = masked_parameters(model)
-    costs = {n: report.weights[n] for n in masks if n in report.weights}
+    n, m = transform.n_m
+    for name, found in masks.items() if m else ():
+        if (inputs := found.mask.shape[input_axis(found.mask.shape)]) % m:
+            raise ValueError(
+                f"n_m={transform.n_m}: {m} does not divide the {inputs} inputs of {name}, {tuple(found.mask.shape)}; leave the "
+                f"layer out by skip, or widen to a width that {m} divides (multiple_of)"
+            )
+    costs = {name: report.weights[name] for name in masks if name in report.weights}
     if missing := sorted(set(masks) - set(costs)):
         raise ValueError(f"{missing[0]} is masked but was not used on the example, so its cost is unknown; skip it")
     if transform.match == "layer":
@@ -372,6 +239,8 @@ def draw_masks(
     budget = min(budget, sum(c.dense for c in costs.values()))
     shapes = {n: tuple(m.mask.shape) for n, m in masks.items()} if transform.distribution == "erk" else None
     counts = active_counts(costs, budget, shapes=shapes)
+    if m:
+        counts = {name: found.mask.numel() // m * n for name, found in masks.items()}
     for name, found in masks.items():
         _draw(found, counts[name], transform, generator)
 
@@ -411,7 +280,9 @@ def replace(model: nn.Module, name: str, transform: IsoFlop) -> nn.Module:
     if transform.member == "parallel":
         made = ParallelSparse(layer, branches(transform.sparsity), transform.between)
     elif transform.member == "factorized":
-        made = FactorizedSparse(layer, factorized_rank(inputs, outputs, transform.sparsity), transform.between)
+        # The rank is V's inputs, in which groups of an N:M mask lie.
+        rank = factorized_rank(inputs, outputs, transform.sparsity, multiple_of=transform.n_m[1] or 1)
+        made = FactorizedSparse(layer, rank, transform.between)
     else:
         made = DopedSparse(layer, doped_rank(inputs, outputs, transform.sparsity))
     model.set_submodule(name, made)
@@ -474,7 +345,8 @@ def _draw(found: Masked, active: int, transform: IsoFlop, generator: torch.Gener
     shape = found.mask.shape
     with torch.no_grad():
         if found.layers == 1:
-            found.mask.copy_(draw_mask(shape, active, generator=generator, n_m=_pattern(transform)))
+            axis = input_axis(shape)
+            found.mask.copy_(draw_mask(shape, active, generator=generator, n_m=_pattern(transform), axis=axis))
         else:
             # Experts share out evenly; the first ones take what is left over.
             for e in range(found.layers):
@@ -488,15 +360,18 @@ def _pattern(transform: IsoFlop) -> tuple[int, int] | None:
 
 
 @torch.no_grad()
-def _dope(old: nn.Module, made: nn.Module) -> None:
+def _dope(old: nn.Module, made: nn.Module, n_m: tuple[int, int]) -> None:
     """The old weight in a doped layer: its largest entries where the mask may be, the rest as well as the rank allows."""
     assert isinstance(old, (nn.Linear, nn.Conv2d)) and isinstance(made, DopedSparse)
     sparse: Any = made.sparse
     weight = old.weight.detach()
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    mask[weight.abs().flatten().topk(int(sparse.mask.sum())).indices] = True
+    if n_m[1]:
+        mask = largest_of_groups(weight.abs(), n_m, input_axis(weight.shape))
+    else:
+        mask = torch.zeros_like(weight, dtype=torch.bool)
+        mask.view(-1)[weight.abs().flatten().topk(int(sparse.mask.sum())).indices] = True
     sparse.weight.copy_(weight)
-    sparse.set_mask(mask.view_as(weight))
+    sparse.set_mask(mask)
     if old.bias is not None:
         sparse.bias.copy_(old.bias)
     if made.u is not None and made.v is not None:

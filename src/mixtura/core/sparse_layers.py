@@ -1,9 +1,9 @@
 """Layers with fewer multiply-adds than entries: a mask beside every weight, and the three shapes that spend what it saves.
 
-A masked weight is a parameter ``name`` with a bool buffer ``mask_name`` beside it, True where the weight is active. The
-forward pass multiplies by the mask, so a sparse layer is sparse under any optimizer; where the weight is known to be masked
-already, since nobody wrote to it, it spares the product. The backward pass does **not** multiply: the gradient reaches every
-entry, as RigL's growth needs. :class:`~mixtura.core.sparse_training.MaskOptimizer` keeps that gradient from the optimizer.
+The forward pass multiplies by the mask (:mod:`~mixtura.core.masks`), so a sparse layer is sparse under any optimizer; where the
+weight is known to be masked already, since nobody wrote to it, it spares the product. The backward pass does **not** multiply:
+the gradient reaches every entry, as RigL's growth needs. :class:`~mixtura.core.sparse_training.MaskOptimizer` keeps that
+gradient from the optimizer.
 
 - `SparseLinear`, `SparseConv2d`: a masked layer.
 - `ParallelSparse`: the sum over branches of the layer's own shape, each with a norm or an activation of its own.
@@ -14,7 +14,6 @@ Shapes: O outputs, I inputs of a matrix; a convolution's matrix has I = channels
 Source: Saxena et al. 2023 (2303.11525), sec. 2.3.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -23,6 +22,8 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mixtura.core.masks import PREFIX, Masked, draw_mask, mask_parameter, masked, masked_parameters
 
 __all__ = [
     "ACTIVATIONS",
@@ -40,130 +41,12 @@ __all__ = [
     "masked_parameters",
 ]
 
-PREFIX = "mask_"
 Norm = Literal["batch", "rms", "none"]
 Layer = nn.Linear | nn.Conv2d
 
 ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = MappingProxyType(
     {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh, "none": lambda x: x}
 )
-
-
-class _Masked(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, mask: Tensor) -> Tensor:
-        return weight * mask
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-def masked(weight: Tensor, mask: Tensor) -> Tensor:
-    """``weight * mask`` whose gradient reaches every entry of ``weight``, masked ones too.
-
-    Example:
-        >>> w = torch.tensor([2.0, 3.0], requires_grad=True)
-        >>> masked(w, torch.tensor([True, False])).sum().backward()
-        >>> w.grad
-        tensor([1., 1.])
-    """
-    return _Masked.apply(weight, mask)  # type: ignore[no-any-return, no-untyped-call]
-
-
-@dataclass(frozen=True)
-class Masked:
-    """A masked weight of a model.
-
-    Attributes:
-        parameter: the weight; of three dimensions (E, O, I) for stacked experts, which are masked one by one.
-        mask: its mask, bool, of the same shape; change it in place.
-        module: what holds both.
-    """
-
-    parameter: nn.Parameter
-    mask: Tensor
-    module: nn.Module
-
-    def settle(self) -> None:
-        """Tell the module that inactive weights are zero now, which spares its forward pass a product."""
-        if isinstance(self.module, _HasMask):
-            self.module.settle()
-
-    @property
-    def layers(self) -> int:
-        """Matrices that keep a number of active weights of their own: E for stacked experts, else 1."""
-        return len(self.mask) if self.mask.dim() == 3 else 1
-
-    @property
-    def active(self) -> int:
-        """Number of active weights."""
-        return int(self.mask.sum())
-
-
-def masked_parameters(model: nn.Module) -> dict[str, Masked]:
-    """The masked weights of a model by the names of their parameters, in the order of its modules.
-
-    Raises:
-        ValueError: a parameter that two modules mask (both names are given).
-    """
-    found: dict[str, Masked] = {}
-    names: dict[int, str] = {}
-    for path, module in model.named_modules():
-        for buffer, mask in module.named_buffers(recurse=False):
-            parameter = module._parameters.get(buffer.removeprefix(PREFIX))
-            if not buffer.startswith(PREFIX) or parameter is None:
-                continue
-            name = f"{path}.{buffer.removeprefix(PREFIX)}".lstrip(".")
-            if id(parameter) in names:
-                raise ValueError(
-                    f"{names[id(parameter)]} and {name} are one shared parameter with two masks; "
-                    "untie them, or leave one out by skip"
-                )
-            names[id(parameter)] = name
-            found[name] = Masked(parameter, mask, module)
-    return found
-
-
-def mask_parameter(module: nn.Module, name: str) -> None:
-    """Give a parameter a mask, all active, without a change of the module's forward pass.
-
-    For modules that are not to be replaced, such as stacked experts (E, O, I). They are sparse as long as a
-    :class:`~mixtura.core.sparse_training.MaskOptimizer` trains them, which puts inactive weights to zero.
-    """
-    parameter = module.get_parameter(name)
-    module.register_buffer(f"{PREFIX}{name}", torch.ones_like(parameter, dtype=torch.bool))
-
-
-def draw_mask(
-    shape: torch.Size | tuple[int, ...],
-    active: int,
-    *,
-    generator: torch.Generator | None = None,
-    n_m: tuple[int, int] | None = None,
-) -> Tensor:
-    """A random mask with exactly ``active`` entries True, bool, on the CPU.
-
-    Args:
-        shape: of the mask.
-        active: entries that are True.
-        generator: source of chance.
-        n_m: (N, M): exactly N of every M neighbours along the last axis; ``active`` must then be N/M of all.
-    Raises:
-        ValueError: ``active`` does not fit the shape or the pattern.
-    """
-    total = math.prod(shape)
-    if not 0 <= active <= total:
-        raise ValueError(f"active must be between 0 and {total}, the weights of {tuple(shape)}, got {active}")
-    if n_m is None:
-        flat = torch.zeros(total, dtype=torch.bool)
-        flat[torch.randperm(total, generator=generator)[:active]] = True
-        return flat.view(shape)
-    n, m = n_m
-    if shape[-1] % m or active * m != total * n:
-        raise ValueError(f"{n} of every {m} along the last axis does not fit {active} active weights of {tuple(shape)}")
-    ranks = torch.rand(total // m, m, generator=generator).argsort(-1).argsort(-1)
-    return (ranks < n).view(shape)
 
 
 class _HasMask:
@@ -202,6 +85,9 @@ class _HasMask:
 
     def effective(self) -> Tensor:
         """The weight with zeros where it is inactive; its gradient reaches every entry."""
+        if hasattr(self.mask_weight, "placements"):
+            # Cut by a MaskOptimizer, which keeps the weight masked; in a forward pass the weight is whole and the mask is not.
+            return self.weight
         if self._settled and not torch.compiler.is_compiling() and self._settled == self._state():
             return self.weight
         return masked(self.weight, self.mask_weight)
@@ -229,6 +115,24 @@ class SparseLinear(_HasMask, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.effective(), self.bias)
+
+    def to_sparse_semi_structured(self) -> Tensor:
+        """The weight (O, I) in the form of hardware that skips two zeros of every four, for ``F.linear(x, found, layer.bias)``.
+
+        Raises:
+            ValueError: more than two active of some four neighbours, or a layer that is not on a CUDA device. Types and sizes
+                that the device's kernels do not take are told by torch.
+        """
+        if self.in_features % 4 or bool((self.mask_weight.view(self.out_features, -1, 4).sum(-1) > 2).any()):
+            raise ValueError(
+                "the mask has more than 2 active of some 4 neighbours; draw it with n_m=(2, 4) and train so"
+            )
+        if self.weight.device.type != "cuda":
+            raise ValueError(
+                f"2:4 products are for CUDA devices of capability 8.0 and later, and the layer is on {self.weight.device}; "
+                "move it there first, or take to_sparse_csr"
+            )
+        return torch.sparse.to_sparse_semi_structured(self.weight.detach() * self.mask_weight)
 
     def to_sparse_csr(self) -> Tensor:
         """The weight (O, I) in compressed rows, with 32-bit indices, which the engine behind :mod:`torch.sparse` takes as they

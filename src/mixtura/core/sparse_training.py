@@ -7,19 +7,24 @@ start at zero.
 Order within a step, as in the authors' code: masked gradients, the optimizer's step, then the masks move by the weights after
 that step and the gradient, unmasked, of that same step.
 
+Parameters that FSDP2 cuts in rows have masks that are cut likewise, and moves are those of one process, to the unit
+(:mod:`~mixtura.core.mask_moves`).
+
 Source: Evci et al. 2020 (1911.11134), sec. 3, alg. 1; SET: Mocanu et al. 2018 (1707.04780); the masks' union over training:
 Liu et al. 2021 (2102.02887), sec. 2.
 """
 
-import math
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from mixtura.core.sparse_layers import Masked, masked_parameters
+from mixtura.core.joint_decay import JointDecay
+from mixtura.core.mask_moves import drop_share, moved_mask
+from mixtura.core.masks import Masked, Rows, cut_mask, input_axis, local, masked_parameters, rows_of
 
 __all__ = ["METHODS", "MaskConfig", "MaskOptimizer", "drop_share", "moved_mask"]
 
@@ -35,8 +40,11 @@ class MaskConfig:
         drop: share of a layer's active weights that the first move drops; falls to 0 along a cosine.
         every: steps between moves.
         end: share of the training after which masks stay.
-        n_m: (N, M) for masks with N active of every M neighbours along the last axis, which moves then keep; (0, 0): none.
+        n_m: (N, M) for masks with N active of every M neighbours along the axis of the inputs, which moves then keep: what
+            drops is decided over the layer, and grows in the group that it dropped from. (0, 0): none.
         seed: where SET grows.
+        joint_decay: the optimizer's weight decay acts on the product V U of doped layers, and of factorized ones with nothing
+            between, and not on U and V (:mod:`~mixtura.core.joint_decay`). What is masked stays so, and growth does not see it.
     """
 
     method: Literal["rigl", "set", "static"] = "rigl"
@@ -45,6 +53,7 @@ class MaskConfig:
     end: float = 0.75
     n_m: tuple[int, int] = (0, 0)
     seed: int = 0
+    joint_decay: bool = False
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -58,54 +67,13 @@ class MaskConfig:
             raise ValueError(f"n_m must be (N, M) with 0 < N <= M, got {self.n_m}")
 
 
-def drop_share(step: int, end: float, drop: float = 0.3) -> float:
-    """Share of the active weights that a move at ``step`` drops: drop / 2 (1 + cos(pi step / end)), 0 from ``end`` on.
-
-    Source: RigL, sec. 3 (2).
-    Example:
-        >>> [round(drop_share(step, 100), 3) for step in (0, 50, 100)]
-        [0.3, 0.15, 0.0]
-    """
-    return drop / 2 * (1 + math.cos(math.pi * step / end)) if step < end else 0.0
-
-
-def moved_mask(
-    weight: Tensor, mask: Tensor, score: Tensor, share: float, *, n_m: tuple[int, int] = (0, 0)
-) -> tuple[Tensor, Tensor]:
-    """One move of one layer's mask.
-
-    Args:
-        weight: the layer's weight, any shape.
-        mask: its mask, bool.
-        score: where to grow, of the same shape: larger is sooner. RigL's is the size of the gradient.
-        share: of the active weights to drop, rounded down to a whole number of them.
-        n_m: keep N active of every M neighbours along the last axis: what a group drops grows in that group.
-    Returns:
-        The new mask, with as many active weights, and where it grew, both bool. A weight that was just dropped may grow
-        again.
-    """
-    flat, old = weight.detach().abs().flatten(), mask.flatten()
-    n_drop = int(share * int(old.sum()))
-    kept = old.clone()
-    kept[flat.masked_fill(~old, math.inf).topk(n_drop, largest=False).indices] = False
-    sooner = score.flatten().masked_fill(kept, -math.inf)
-    grown = torch.zeros_like(old)
-    if n_m == (0, 0):
-        grown[sooner.topk(n_drop).indices] = True
-    else:
-        groups = (-1, n_m[1])
-        wanted = (old & ~kept).view(groups).sum(-1, keepdim=True)
-        ranks = sooner.view(groups).argsort(-1, descending=True).argsort(-1)
-        grown = (ranks < wanted).flatten()
-    return (kept | grown).view_as(mask), grown.view_as(mask)
-
-
 class MaskOptimizer:
     """An optimizer that keeps masked weights masked, and moves the masks.
 
     Call ``step()`` in place of the optimizer's. Learning-rate schedulers stay on the inner optimizer. Under DDP every process
     makes one of these after wrapping: masks are taken from rank 0 at the start and after every move, and gradients are averaged
-    by DDP before growth looks at them.
+    by DDP before growth looks at them. Under FSDP2 too, after ``fully_shard``: masks are taken from rank 0 and each process keeps
+    the rows that it has of the parameter, from then on a DTensor in the module; moves are collective.
 
     Args:
         model: has masked weights (:func:`~mixtura.core.sparse_layers.masked_parameters`).
@@ -113,9 +81,10 @@ class MaskOptimizer:
         config: how masks move.
         total_steps: length of the training.
     Raises:
-        ValueError: no masked weight, ``every`` not below ``total_steps``, masks that do not have the pattern ``n_m``, or, at the
-            first step, an optimizer with state of another layout or one that moves weights without a gradient (it is named).
-        TypeError: a sharded parameter (DTensor): a layer's largest weights are not to be found in one shard.
+        ValueError: no masked weight, ``every`` not below ``total_steps``, masks that do not have the pattern ``n_m``, nothing
+            that ``joint_decay`` could act on, or, at the first step, an optimizer with state of another layout or one that moves
+            weights without a gradient (it is named).
+        TypeError: a parameter (DTensor) that is cut otherwise than in rows over one axis of processes.
     Example:
         >>> from mixtura.core.sparse_layers import SparseLinear, draw_mask
         >>> layer = SparseLinear(8, 8)
@@ -135,32 +104,31 @@ class MaskOptimizer:
     ) -> None:
         self.optimizer, self.config, self.total_steps = optimizer, config, total_steps
         trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.masked: Mapping[str, Masked] = {
-            name: found for name, found in masked_parameters(model).items() if id(found.parameter) in trained
-        }
-        if not self.masked:
+        found = {n: m for n, m in masked_parameters(model).items() if id(m.parameter) in trained}
+        if not found:
             raise ValueError(f"{type(model).__name__} has no masked weight that is trained; convert or widen it first")
         if config.method != "static" and config.every >= total_steps:
             raise ValueError(f"every={config.every} must be below total_steps={total_steps}, or the masks never move")
-        for name, found in self.masked.items():
-            if hasattr(found.parameter, "placements"):
-                raise TypeError(
-                    f"{name} is sharded (DTensor), and masks move on whole layers; train with DDP or one process"
-                )
-            _check_pattern(name, found.mask, config.n_m)
+        self._rows: dict[str, Rows] = {name: rows_of(name, one.parameter) for name, one in found.items()}
+        for name, one in found.items():
+            _check_pattern(name, one.mask, config.n_m)
+        self._joint = JointDecay(model, optimizer) if config.joint_decay else None
+        _share(one.mask for one in found.values() if not hasattr(one.mask, "placements"))
+        self.masked: Mapping[str, Masked] = {n: cut_mask(n, one, self._rows[n]) for n, one in found.items()}
         self.steps_done = 0
         self._dense: dict[str, Tensor] = {}
         self._ready = False
-        self._share_masks()
         self._union = {name: found.mask.clone() for name, found in self.masked.items()}
         # A product with bools takes five times as long as one with floats.
-        self._factors = {name: found.mask.to(found.parameter.dtype) for name, found in self.masked.items()}
+        self._factors = {name: local(one.mask).to(one.parameter.dtype) for name, one in self.masked.items()}
         self._settle(self.masked)
 
     @property
     def explored(self) -> float:
-        """Share of the maskable weights that were active at some time; the density at first, and it only grows."""
-        return sum(int(union.sum()) for union in self._union.values()) / sum(u.numel() for u in self._union.values())
+        """Share of the maskable weights that were active at some time; the density at first, and it only grows. Collective
+        where parameters lie in several processes."""
+        active = sum(int(self._rows[name].sum(local(union).sum())) for name, union in self._union.items())
+        return active / sum(union.numel() for union in self._union.values())
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -179,9 +147,10 @@ class MaskOptimizer:
         for name, found in self.masked.items():
             if found.parameter.grad is None:
                 continue
+            gradient = local(found.parameter.grad)
             if moves and self.config.method == "rigl":
-                self._dense[name] = found.parameter.grad.clone()
-            found.parameter.grad.mul_(self._factors[name])
+                self._dense[name] = gradient.clone()
+            gradient.mul_(self._factors[name])
         self._ready = True
 
     @torch.no_grad()
@@ -189,7 +158,8 @@ class MaskOptimizer:
         """The optimizer's step on the active weights; then, where it is time, the masks move."""
         if not self._ready:
             self.mask_gradients()
-        self.optimizer.step()
+        with self._joint.instead() if self._joint else nullcontext():
+            self.optimizer.step()
         if self.steps_done == 0:
             self._check_state()
         # Without gradient and state an inactive weight stays at zero, so only a move has to put weights there.
@@ -198,7 +168,7 @@ class MaskOptimizer:
         self.steps_done += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks, their union, the number of steps and the inner optimizer's state."""
+        """Masks, their union, the number of steps and the inner optimizer's state; cut as the parameters are."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "masks": {name: found.mask.clone() for name, found in self.masked.items()},
@@ -218,11 +188,14 @@ class MaskOptimizer:
         self.restore(state["masks"], state["union"], state["steps_done"])
 
     def restore(self, masks: Mapping[str, Tensor], union: Mapping[str, Tensor], steps_done: int) -> None:
-        """Take masks, their union and the number of steps, and leave the inner optimizer as it is."""
+        """Take masks, their union and the number of steps, and leave the inner optimizer as it is.
+
+        Masks may be whole, also where the parameters are not, or cut as they are.
+        """
         self.steps_done = steps_done
         for name, found in self.masked.items():
-            found.mask.copy_(masks[name])
-            self._union[name].copy_(union[name])
+            for mine, given in ((found.mask, masks[name]), (self._union[name], union[name])):
+                local(mine).copy_(local(given) if hasattr(given, "placements") else self._rows[name].of(given))
         self._settle(self.masked)
 
     @property
@@ -238,8 +211,8 @@ class MaskOptimizer:
         """Put inactive weights to zero where masks changed, and tell every layer that they are."""
         with torch.no_grad():
             for name in changed:
-                self._factors[name].copy_(self.masked[name].mask)
-                self.masked[name].parameter.mul_(self._factors[name])
+                self._factors[name].copy_(local(self.masked[name].mask))
+                local(self.masked[name].parameter).mul_(self._factors[name])
         for found in self.masked.values():
             found.settle()
 
@@ -250,41 +223,41 @@ class MaskOptimizer:
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + self.steps_done)
         grown: dict[str, Tensor] = {}
         for name, found in self.masked.items():
-            weight, mask = found.parameter, found.mask
+            rows, mask = self._rows[name], local(found.mask)
             if self.config.method == "rigl":
                 # Without a gradient (an expert that saw no token, a part out of use) a layer has nothing to grow by.
                 if name not in self._dense:
                     continue
                 score = self._dense[name].abs()
             else:
-                score = torch.rand(mask.shape, generator=generator).to(mask.device)
-            if found.layers > 1:
-                moved = [moved_mask(weight[e], mask[e], score[e], share, n_m=self.config.n_m) for e in range(len(mask))]
-                new, grown[name] = torch.stack([m for m, _ in moved]), torch.stack([g for _, g in moved])
-            else:
-                new, grown[name] = moved_mask(weight, mask, score, share, n_m=self.config.n_m)
+                score = rows.of(torch.rand(found.mask.shape, generator=generator)).to(mask.device)
+            new, grown[name] = self._moved(found, mask, score, share, rows)
             mask.copy_(new)
-        self._share_masks()
+        _share(found.mask for found in self.masked.values() if not hasattr(found.mask, "placements"))
         for name, new_ones in grown.items():
-            found = self.masked[name]
-            self._union[name] |= found.mask
-            found.parameter.masked_fill_(new_ones, 0)
+            found, rows = self.masked[name], self._rows[name]
+            mask = local(found.mask)
+            for copies in rows.copies:
+                _share([mask], copies, rows.device)
+            local(self._union[name]).logical_or_(mask)
+            local(found.parameter).masked_fill_(new_ones, 0)
             for value in self.optimizer.state.get(found.parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == found.mask.shape:
-                    value.mul_(found.mask & ~new_ones)
+                    local(value).mul_(mask & ~new_ones)
         return grown
 
-    def _share_masks(self) -> None:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            for found in self.masked.values():
-                # As bytes: gloo has no broadcast of bools.
-                sent = found.mask.to(torch.uint8)
-                torch.distributed.broadcast(sent, src=0)
-                found.mask.copy_(sent)
+    def _moved(self, found: Masked, mask: Tensor, score: Tensor, share: float, rows: Rows) -> tuple[Tensor, Tensor]:
+        weight, n_m = local(found.parameter), self.config.n_m
+        if found.layers == 1:
+            return moved_mask(weight, mask, score, share, n_m=n_m, axis=input_axis(mask.shape), rows=rows)
+        new, grown = torch.empty_like(mask), torch.empty_like(mask)
+        for e in range(len(mask)):
+            new[e], grown[e] = moved_mask(weight[e], mask[e], score[e], share, n_m=n_m)
+        return new, grown
 
     def _check_state(self) -> None:
         for name, found in self.masked.items():
-            if bool((found.parameter[~found.mask] != 0).any()):
+            if bool((local(found.parameter)[~local(found.mask)] != 0).any()):
                 raise ValueError(
                     f"{type(self.optimizer).__name__} moved weights of {name} that had neither gradient nor state, so it cannot "
                     "keep them at zero; take one such as SGD or AdamW"
@@ -298,11 +271,26 @@ class MaskOptimizer:
                     )
 
 
+def _share(masks: Iterable[Tensor], group: Any = None, device: str | None = None) -> None:
+    """Take the masks of the first process of a group; of all processes, if there are any, by default."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        source = torch.distributed.get_global_rank(group, 0) if group is not None else 0
+        for mask in masks:
+            # As bytes: gloo has no broadcast of bools.
+            sent = mask.to(device or mask.device, torch.uint8)
+            torch.distributed.broadcast(sent, src=source, group=group)
+            mask.copy_(sent)
+
+
 def _check_pattern(name: str, mask: Tensor, n_m: tuple[int, int]) -> None:
     n, m = n_m
     if m == 0:
         return
-    if mask.shape[-1] % m:
-        raise ValueError(f"n_m={n_m}: {m} does not divide the last axis of {name}, {tuple(mask.shape)}")
-    if not bool((mask.view(-1, m).sum(-1) == n).all()):
-        raise ValueError(f"n_m={n_m}: the mask of {name} does not have {n} active of every {m}; draw it with draw_mask")
+    axis = input_axis(mask.shape)
+    if mask.shape[axis] % m:
+        raise ValueError(f"n_m={n_m}: {m} does not divide the {mask.shape[axis]} inputs of {name}, {tuple(mask.shape)}")
+    if not bool((local(mask).movedim(axis, -1).reshape(-1, m).sum(-1) == n).all()):
+        raise ValueError(
+            f"n_m={n_m}: the mask of {name} does not have {n} active of every {m} inputs; convert with IsoFlop(..., n_m={n_m}) "
+            "or draw it with draw_mask"
+        )

@@ -175,6 +175,8 @@ def fit(
     facts = {"config": _comparable(config), "data": dict(describe or {})}
     if masks is not None:
         facts["masks"] = asdict(masks) | {"n_m": list(masks.n_m)}
+        if not masks.joint_decay:
+            facts["masks"].pop("joint_decay")  # so that a run from before there was a choice goes on
     if out is not None and resume and (out / META).exists():
         history.losses = _restore(out, trained, optimizer, facts, moving, kept, team)
         first = history.resumed_at = len(history.losses)
@@ -324,8 +326,9 @@ def _save(
 ) -> None:
     tensors: dict[str, Tensor] = {name: t.detach().contiguous() for name, t in carried.items()}
     if moving is not None:
-        for name, found in moving.masked.items():
-            tensors |= {f"mask/{name}": found.mask.contiguous(), f"union/{name}": moving.union[name].contiguous()}
+        for own, found in moving.masked.items():
+            for kind, mask in (("mask", found.mask), ("union", moving.union[own])):
+                tensors[f"{kind}/{team.name(own)}"] = team.whole(own, found.parameter, mask).contiguous()
     for own, p in trained.items():
         name = team.name(own)
         for key, value in {"weight": p.detach(), **optimizer.state.get(p, {})}.items():
@@ -384,6 +387,6 @@ def _restore(
         with torch.no_grad():
             t.copy_(saved)
     if moving is not None:
-        kept = [{n: tensors[f"{kind}/{n}"] for n in moving.masked} for kind in ("mask", "union")]
+        kept = [{n: tensors[f"{kind}/{team.name(n)}"] for n in moving.masked} for kind in ("mask", "union")]
         moving.restore(kept[0], kept[1], len(meta["losses"]))
     return [float(loss) for loss in meta["losses"]]

@@ -167,6 +167,11 @@ def _widen(model: Any, transform: IsoFlop, *, length: int, multiple_of: int, see
                     mask_parameter(block.experts, name)
         for module in made.modules():
             if isinstance(module, Conv1D):
+                if transform.n_m[1]:
+                    raise ValueError(
+                        f"n_m={transform.n_m} groups the inputs of a row, and {made.config.model_type} holds its matrices the "
+                        "other way round; take another member, whose layers are plain, or another family"
+                    )
                 mask_parameter(module, "weight")
         if find_moe(made):
             made.set_experts_implementation("eager")  # plain products, which can be counted

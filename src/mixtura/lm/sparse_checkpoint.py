@@ -36,6 +36,7 @@ class SparseConfig(QuantizationConfigMixin):
     Attributes:
         member, sparsity: of the transformation.
         norm, activation: inside parallel and factorized layers.
+        n_m: [N, M] where masks have N active of every M inputs.
         layers: paths of the layers that were replaced, or for ``wide`` masked.
         parameters: paths of the parameters that have a mask without a layer of their own (stacked experts, GPT-2's layers).
     """
@@ -48,17 +49,26 @@ class SparseConfig(QuantizationConfigMixin):
         activation: str = "none",
         layers: list[str] | None = None,
         parameters: list[str] | None = None,
+        n_m: list[int] | None = None,
         **kwargs: Any,
     ):
         self.quant_method = METHOD  # type: ignore[assignment]
         self.member, self.sparsity, self.norm, self.activation = member, sparsity, norm, activation
         self.layers, self.parameters = layers or [], parameters or []
+        self.n_m = list(n_m or (0, 0))
         self.transform()  # an unknown member or norm is told when the config is read
 
     def transform(self) -> IsoFlop:
         """The transformation that these fields describe."""
         between = Between(norm=self.norm, activation=self.activation)  # type: ignore[arg-type]
-        return IsoFlop(self.member, self.sparsity, between=between)  # type: ignore[arg-type]
+        n, m = self.n_m
+        return IsoFlop(
+            self.member,  # type: ignore[arg-type]
+            self.sparsity,
+            match="layer" if m else "network",
+            between=between,
+            n_m=(n, m),
+        )
 
 
 class SparseQuantizer(HfQuantizer):
@@ -128,7 +138,9 @@ def describe(model: Any, transform: IsoFlop) -> None:
     layers = [name for name, module in modules.items() if isinstance(module, kinds)]
     own = [name for name in masked_parameters(model) if not hasattr(type(modules[name.rpartition(".")[0]]), "set_mask")]
     between = asdict(transform.between)
-    config = SparseConfig(transform.member, transform.sparsity, layers=layers, parameters=own, **between)
+    config = SparseConfig(
+        transform.member, transform.sparsity, layers=layers, parameters=own, n_m=list(transform.n_m), **between
+    )
     model.config.quantization_config = config
     model.hf_quantizer = SparseQuantizer(config, pre_quantized=True)
     model.is_quantized = True

@@ -128,7 +128,8 @@ def _moving(
             )
         return None
     every = max(1, round(0.75 * steps / 40))
-    return MaskConfig(method="static" if steps <= every else masks or "rigl", every=every, seed=seed)
+    n, m = getattr(getattr(getattr(model, "config", None), "quantization_config", None), "n_m", (0, 0))
+    return MaskConfig(method="static" if steps <= every else masks or "rigl", every=every, n_m=(n, m), seed=seed)
 
 
 def language_loss(
