@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mixtura.audio import NamedSounds, SmallClip
-from mixtura.audio.embed import JointEmbedding, TextTower, load_tower, save_tower
+from mixtura.audio import ClipEmbedding, NamedSounds, SmallClip
+from mixtura.audio.embed import JointEmbedding, Prompted, TextTower, load_encoder, load_tower, save_tower
 from mixtura.audio.separate import SOUNDS
 
 
@@ -71,23 +71,55 @@ def test_a_tower_of_another_kind_is_not_saved(tmp_path):
         save_tower(Other(), tmp_path)
 
 
-def test_clip_from_transformers_gives_unit_vectors_of_texts_and_pictures(tmp_path):
+def tiny_clip(path, side=16):
     transformers = pytest.importorskip("transformers")
-    from mixtura.audio import ClipEmbedding
-
     tiny = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     text = tiny | {"vocab_size": 300, "max_position_embeddings": 12, "eos_token_id": 2, "bos_token_id": 1}
     config = transformers.CLIPConfig(
-        text_config=text, vision_config=tiny | {"image_size": 16, "patch_size": 8}, projection_dim=8
+        text_config=text, vision_config=tiny | {"image_size": side, "patch_size": 8}, projection_dim=8
     )
     torch.manual_seed(0)
-    transformers.CLIPModel(config).save_pretrained(tmp_path)
+    transformers.CLIPModel(config).save_pretrained(path)
     from mixtura.lm.tokens import byte_pair_tokenizer
 
-    byte_pair_tokenizer(["a photo of a violin"] * 20, vocab_size=290).save_pretrained(tmp_path)
-    tower = ClipEmbedding(str(tmp_path))
+    byte_pair_tokenizer(["a photo of a violin"] * 20, vocab_size=290).save_pretrained(path)
+    return path
+
+
+def test_clip_from_transformers_gives_unit_vectors_of_texts_and_pictures(tmp_path):
+    tower = load_encoder(tiny_clip(tmp_path))
     for found in (tower.embed_text(["a violin"]), tower.embed_image(torch.rand(1, 20, 30))):
         assert found.shape == (1, 8)
         torch.testing.assert_close(found.norm(dim=1), torch.ones(1))
     with pytest.raises(OSError, match="nothing"):
         ClipEmbedding(str(tmp_path / "nothing"))
+
+
+def test_a_name_is_read_inside_its_phrase_and_a_clip_is_noted_where_it_lies(tmp_path, monkeypatch):
+    tiny_clip(tmp_path / "clip")
+    monkeypatch.chdir(tmp_path)
+    tower = load_encoder("clip")
+    asked = Prompted(tower)
+    want = tower.embed_text(["a photo of {violin}", "a photo of flute"])
+    assert torch.equal(asked.embed_text(["{violin}", "flute"]), want)
+    save_tower(asked, tmp_path / "t")
+    assert not list((tmp_path / "t").rglob("*.safetensors"))
+    monkeypatch.chdir(tmp_path / "t")  # the directory is known from anywhere
+    torch.testing.assert_close(load_tower(tmp_path / "t").embed_text(["flute"]), want[1:])
+    (tmp_path / "clip").rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"the CLIP that .*tower\.json names, and there is no directory .*clip"):
+        load_tower(tmp_path / "t")
+    with pytest.raises(ValueError, match=r"prompt must hold \{\} once"):
+        Prompted(tower, "a photo")
+
+
+def test_what_reads_no_pictures_is_no_encoder(tmp_path):
+    save_tower(NamedSounds({"violin": []}), tmp_path / "names")
+    with pytest.raises(ValueError, match="of kind NamedSounds, which reads no pictures"):
+        load_encoder(tmp_path / "names")
+    pytest.importorskip("transformers").BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="holds a model of type 'bert', not 'clip'"):
+        load_encoder(tmp_path / "bert")
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match=r"none is no CLIP that can be read .*hf download openai/clip"):
+        load_encoder(tmp_path / "none")

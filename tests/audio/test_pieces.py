@@ -151,6 +151,6 @@ def test_a_held_out_score_of_the_mixture_itself_is_no_gain():
             return mixture[None, None]
 
     rng = torch.Generator().manual_seed(0)
-    found = Pieces(torch.randn(6, 400, generator=rng).half(), ("a", "b") * 3, 6, 0)
+    found = Pieces(torch.randn(6, 400, generator=rng).half(), ("a", "b") * 3, 6, 0, torch.arange(6), torch.zeros(6))
     score = score_held_out(Nothing(), found, 20)
     assert score.before == score.after and abs(score.before) < 1 and score.mixtures == 20

@@ -5,11 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_cli import here  # noqa: F401 (a fixture)
+from test_cli import here, mixtura  # noqa: F401 (a fixture)
 
 soundfile = pytest.importorskip("soundfile")
 
-from mixtura.audio import NamedSounds, QuerySeparator  # noqa: E402
+from mixtura.audio import NamedSounds, QuerySeparator, SmallClip  # noqa: E402
+from mixtura.audio.embed import save_tower  # noqa: E402
 from mixtura.audio.separate import own  # noqa: E402
 
 
@@ -154,6 +155,57 @@ def test_a_separator_is_trained_on_a_published_list(here, tmp_path, monkeypatch,
     assert "tuba" in here("separate", "--list", "--model", "m", cwd=tmp_path).stdout
 
 
+def test_a_separator_is_taught_by_pictures_and_asked_in_words(here, tmp_path, monkeypatch, caplog):  # noqa: F811
+    Image = pytest.importorskip("PIL.Image")
+    monkeypatch.setattr(own, "MIXTURES", 2)
+    t = np.arange(20_000) / 8000
+    rows = []
+    (tmp_path / "sound").mkdir()
+    for i, name in enumerate(("aa", "ab", "ba", "bb", "bc", "at", "bt")):
+        soundfile.write(tmp_path / "sound" / f"{name}.wav", 0.3 * np.sin(2 * np.pi * (300 + 250 * i) * t), 8000)
+        label = "red kite" if name[0] == "a" else "green bird"
+        rows.append(f"{name},0,{label},{'test' if name[1] == 't' else 'train'}")
+        if name in ("bb", "at", "bt"):
+            continue
+        for second in range(1, 4):
+            (tmp_path / "frames" / "deep" / f"{name}_000000").mkdir(parents=True, exist_ok=True)
+            colour = Image.new("RGB", (40, 30), "red" if name[0] == "a" else "green")
+            colour.save(tmp_path / "frames" / "deep" / f"{name}_000000" / f"{second:06d}.jpg")
+    for picture in (tmp_path / "frames" / "deep" / "bc_000000").iterdir():
+        picture.write_text("broken")
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    torch.manual_seed(0)
+    save_tower(SmallClip(["a", "photo", "of", "red", "green", "bird"], dim=8, side=8, width=4), tmp_path / "towers")
+    given = (
+        "separate",
+        "train",
+        "--videos",
+        "list.csv",
+        "--audio",
+        "sound",
+        "--frames",
+        "frames",
+        "--encoder",
+        "towers",
+    )
+    given += ("--steps", "1", "--out", "m")
+    done = here(*given, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert (
+        "4 of 5 to train on have pictures in frames" in done.stdout and "without pictures are bb; left" in done.stdout
+    )
+    assert "train on 4 clips with pictures" in done.stdout and not (tmp_path / "m.state.pieces").exists()
+    done = here(*given, "--no-noise-heads", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "bc_000000 holds no numbered picture that can be read; left out" in caplog.text
+    assert "1 of 4 clips could not be used" in done.stdout and "2 mixtures of two sounds held out" in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "list.csv", "sound", "frames", "towers"}
+    note = json.loads((tmp_path / "m" / "separator.json").read_text())["note"]
+    assert "--encoder towers --frame-rate 1 --no-noise-heads" in note["recipe"]
+    told = mixtura("separate", "sound/aa.wav", "--model", "m", "-q", "green bird", "--no-picture", cwd=tmp_path)
+    assert "aa-green-bird.wav" in told.stdout and (tmp_path / "stems" / "aa-green-bird.wav").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -175,6 +227,11 @@ def test_a_separator_is_trained_on_a_published_list(here, tmp_path, monkeypatch,
         (["train", "--videos", "m.json", "--captions", "one.csv", "--out", "x"], "give one of them"),
         (["train", "--videos", "m.json", "--out", "x"], "needs --audio"),
         (["train", "--videos", "m.json", "--audio", ".", "--out", "x"], "none of 1 listed clips is in ."),
+        (
+            ["train", "--videos", "m.json", "--audio", ".", "--frames", ".", "--out", "x"],
+            "--encoder and --videos go together",
+        ),
+        (["train", "--videos", "m.json", "--audio", ".", "--no-noise-heads", "--out", "x"], "with --frames only"),
         (["train", "--videos", "one.csv", "--audio", ".", "--out", "x"], "one.csv, line 1: got 'file,text'"),
     ],
 )

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,20 @@ from torch import Tensor, nn
 from mixtura.core.checkpoint import read_json, write_json
 from mixtura.core.training import TrainConfig, fit
 
-__all__ = ["ClipEmbedding", "JointEmbedding", "NamedSounds", "SmallClip", "TextTower", "load_tower", "save_tower"]
+__all__ = [
+    "ClipEmbedding",
+    "JointEmbedding",
+    "NamedSounds",
+    "Prompted",
+    "SmallClip",
+    "TextTower",
+    "load_encoder",
+    "load_tower",
+    "save_tower",
+]
 
-META, WEIGHTS = "tower.json", "tower.safetensors"
+META, WEIGHTS, INNER = "tower.json", "tower.safetensors", "tower"
+PROMPT = "a photo of {}"  # of CLIPSep (2212.07065), sec. 3.1
 FILLERS = frozenset(
     [
         "a",
@@ -135,6 +146,8 @@ class SmallClip(nn.Module):
             way to its caption, which is what a query in words needs where pictures were trained on.
     """
 
+    channels = 1
+
     def __init__(
         self, words: Sequence[str], *, dim: int = 32, side: int = 28, width: int = 16, scale: float = 4.0
     ) -> None:
@@ -235,30 +248,42 @@ class ClipEmbedding:
     Raises:
         ImportError: transformers is not there.
         OSError: no weights under that name.
+        ValueError: a model of another kind, whose weights would be left out without a word.
     """
 
-    def __init__(self, name: str = "openai/clip-vit-base-patch32", *, download: bool = False) -> None:
-        from transformers import AutoTokenizer, CLIPModel
+    channels = 3
 
+    def __init__(self, name: str = "openai/clip-vit-base-patch32", *, download: bool = False) -> None:
+        from transformers import AutoConfig, AutoTokenizer, CLIPModel
+
+        kind = AutoConfig.from_pretrained(name, local_files_only=not download).model_type
+        if kind != "clip":
+            raise ValueError(f"{name} holds a model of type {kind!r}, not 'clip'")
+        self.name = name
         self.model = CLIPModel.from_pretrained(name, local_files_only=not download).eval().requires_grad_(False)
         self.tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=not download)
         self.dim = int(self.model.config.projection_dim)
         vision = self.model.config.vision_config
         self.side = int(vision.image_size)
 
+    def to(self, device: str | torch.device) -> Self:
+        """Both towers on another device; returns itself."""
+        self.model.to(device)
+        return self
+
     @torch.inference_mode()
     def embed_text(self, texts: Sequence[str]) -> Tensor:
         """Unit vectors of texts, shape (B, D)."""
-        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt")
+        tokens = self.tokenizer(list(texts), padding=True, truncation=True, return_tensors="pt").to(self.model.device)
         states = self.model.text_model(**tokens).pooler_output
         return F.normalize(self.model.text_projection(states), dim=-1)
 
     @torch.inference_mode()
     def embed_image(self, images: Tensor) -> Tensor:
         """Unit vectors of pictures (B, 3, height, width) or grey (B, height, width), in [0, 1], shape (B, D)."""
-        x = images[:, None].expand(-1, 3, -1, -1) if images.dim() == 3 else images
+        x = (images[:, None].expand(-1, 3, -1, -1) if images.dim() == 3 else images).to(self.model.device)
         x = F.interpolate(x.float(), (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
+        mean, std = (torch.tensor(v, device=x.device)[:, None, None] for v in (CLIP_MEAN, CLIP_STD))
         states = self.model.vision_model((x - mean) / std).pooler_output
         return F.normalize(self.model.visual_projection(states), dim=-1)
 
@@ -268,8 +293,50 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+class Prompted:
+    """A text tower that is asked by bare names, and reads each inside a phrase.
+
+    Args:
+        tower: what reads the phrase.
+        prompt: the phrase, with {} for the name.
+    """
+
+    def __init__(self, tower: TextTower, prompt: str = PROMPT) -> None:
+        if prompt.count("{}") != 1:
+            raise ValueError(f"prompt must hold {{}} once, where the name goes, got {prompt!r}")
+        self.tower, self.prompt, self.dim = tower, prompt, tower.dim
+
+    def embed_text(self, texts: Sequence[str]) -> Tensor:
+        """Unit vectors of names, shape (B, D)."""
+        return self.tower.embed_text([self.prompt.replace("{}", text) for text in texts])
+
+
+def load_encoder(name: str | Path) -> ClipEmbedding | SmallClip:
+    """Towers of pictures and texts: a directory of :func:`save_tower`, or one of transformers' CLIP, or its id on the hub.
+
+    Raises:
+        ImportError: transformers is not there, and it is a CLIP.
+        ValueError: nothing of the kind stands there, nor in the hub's cache.
+    """
+    if (Path(name) / META).exists():
+        made = load_tower(name)
+        if not isinstance(made, SmallClip):
+            raise ValueError(f"{name} holds a tower of kind {type(made).__name__}, which reads no pictures")
+        return made
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise ValueError(f"there is no directory {name}, which should hold a CLIP")
+    try:
+        return ClipEmbedding(str(Path(name).resolve() if Path(name).is_dir() else name))
+    except (OSError, ValueError) as error:
+        why = str(error).splitlines()[0].strip()
+        raise ValueError(
+            f"{name} is no CLIP that can be read ({why}); name its directory, or fetch one from the hub: hf download "
+            "openai/clip-vit-base-patch32"
+        ) from error
+
+
 def save_tower(tower: TextTower, path: str | Path) -> None:
-    """Write a text tower of this module into a directory.
+    """Write a text tower of this module into a directory. Of a CLIP, which is large, it is noted where it lies.
 
     Raises:
         TypeError: a tower of another kind, which must be saved by its own means.
@@ -282,6 +349,11 @@ def save_tower(tower: TextTower, path: str | Path) -> None:
         shape = {"dim": tower.dim, "side": tower.side, "width": tower.width, "scale": tower.scale}
         write_json(path / META, {"tower": "SmallClip", "words": tower.words, "shape": shape})
         save_file({name: t.contiguous() for name, t in tower.state_dict().items()}, path / WEIGHTS)
+    elif isinstance(tower, ClipEmbedding):
+        write_json(path / META, {"tower": "ClipEmbedding", "name": tower.name})
+    elif isinstance(tower, Prompted):
+        write_json(path / META, {"tower": "Prompted", "prompt": tower.prompt})
+        save_tower(tower.tower, path / INNER)
     else:
         raise TypeError(
             f"a {type(tower).__name__} cannot be saved with the model; save it by its own means, and give text="
@@ -292,7 +364,7 @@ def load_tower(path: str | Path) -> TextTower:
     """Read a text tower that :func:`save_tower` wrote.
 
     Raises:
-        ValueError: a tower of an unknown kind.
+        ValueError: a tower of an unknown kind, or a CLIP that does not lie any more where it is noted.
     """
     path = Path(path)
     meta = read_json(path / META)
@@ -302,6 +374,13 @@ def load_tower(path: str | Path) -> TextTower:
         made = SmallClip(meta["words"], **meta["shape"])
         made.load_state_dict(load_file(path / WEIGHTS))
         return made.eval().requires_grad_(False)
+    if meta.get("tower") == "Prompted":
+        return Prompted(load_tower(path / INNER), meta["prompt"])
+    if meta.get("tower") == "ClipEmbedding":
+        try:
+            return load_encoder(meta["name"])
+        except ValueError as error:
+            raise ValueError(f"words are read by the CLIP that {path / META} names, and {error}") from error
     raise ValueError(f"{path} holds a tower of unknown kind {meta.get('tower')!r}")
 
 

@@ -1,4 +1,4 @@
-"""``separate``: recordings in, what was asked for out; and the training of a separator on one's own sounds."""
+"""``separate``: recordings in, what was asked for out."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 from mixtura.cli.default_command import DefaultGroup
+from mixtura.cli.separate_train import train
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
-    from collections.abc import Callable
-
     from mixtura.audio.files import Recording
     from mixtura.audio.separate import QuerySeparator
     from mixtura.audio.separate.files import FileStems
-    from mixtura.data.video_sounds import Sound
 
 __all__ = ["add_to"]
 
@@ -155,143 +153,6 @@ def separate(
             Console(stderr=True, highlight=False).print(f"error {error}", soft_wrap=True, markup=False)
     if failed:
         raise ValueError(f"{failed} of {len(recordings)} recordings could not be separated; the others are written")
-
-
-def train(
-    out: Annotated[Path, typer.Option(help="Directory to write the separator to.")],
-    captions: Annotated[
-        Path | None,
-        typer.Option(
-            help="CSV file with the columns file and text: what each clip holds. Without it, the built-in recipe."
-        ),
-    ] = None,
-    listed: Annotated[
-        Path | None,
-        typer.Option(
-            "--videos", help="Published list of videos: of MUSIC (JSON), VGGSound or CLIPSep (CSV); needs --audio."
-        ),
-    ] = None,
-    audio: Annotated[Path | None, typer.Option(help="Directory of the clips. Default: that of the CSV file.")] = None,
-    held_out: Annotated[
-        float, typer.Option(help="Share of a list's videos to score the result on, if the list has no split.")
-    ] = 0.1,
-    steps: Annotated[int, typer.Option(help="Steps of 16 mixtures.")] = 1500,
-    phrases: Annotated[int, typer.Option(help="Phrases rendered of each program, in the built-in recipe.")] = 60,
-    half: Annotated[bool, typer.Option(help="Store float16, half the size.")] = True,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda.")] = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything that chance enters.")] = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what it will do, and stop.")] = False,
-) -> None:
-    """Train a separator that is asked by name.
-
-    With --captions on your own clips of single sounds, of which those with different texts are mixed with each other. With
-    --videos on a data set that is published as a list of videos, whose sound you have got by yourself: files are found by their
-    names (ID.wav, ID_000030.wav), and the result is scored on videos held out. Either way sounds are decoded once into
-    OUT.state.pieces (115 MB an hour), so they need not fit into memory; bad files are named and left out.
-
-    Without either, by the recipe of the separator that comes with mixtura: phrases of instruments rendered from a sound font,
-    and synthetic speech (Debian: fluidsynth, timgm6mb-soundfont, flite, espeak-ng); its 1500 steps take about five minutes on
-    one core.
-
-    An interrupted training goes on where it stopped; its state stands in OUT.state until it is done.
-
-    Examples:
-
-        mixtura separate train --out my-separator
-
-        mixtura separate train --captions birds.csv --audio clips --steps 5000 --out birds
-
-        mixtura separate train --videos MUSIC_solo_videos.json --audio music/ --steps 20000 --out instruments
-
-        mixtura separate dawn.wav --model birds --query blackbird
-    """
-    import shutil
-
-    from mixtura.audio.separate import ready
-    from mixtura.cli.checks import check_device
-
-    console = Console(highlight=False)
-
-    def say(line: str) -> None:
-        console.print(line, soft_wrap=True, markup=False)
-
-    check_device(device)
-    if steps < 1 or phrases < 1:
-        raise ValueError(f"--steps and --phrases must be at least 1, got {steps} and {phrases}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} exists and is not a directory")
-    if captions is not None and listed is not None:
-        raise ValueError("--captions and --videos both say what to train on; give one of them")
-    state = out.with_name(f"{out.name}.state")
-    if captions is None and listed is None:
-        if audio is not None:
-            raise ValueError("--audio names the directory of the clips in --captions or --videos; give both or neither")
-        say(f"train on {phrases} phrases of each program, {len(ready.SOUNDS)} sounds, {steps:,} steps")
-        if dry_run:
-            return
-        model, history = ready.train_default(state, steps=steps, phrases=phrases, seed=seed, device=device)
-        note: dict[str, Any] = {"recipe": f"mixtura separate train --steps {steps} --phrases {phrases} --seed {seed}"}
-    else:
-        from mixtura.audio.separate.own import read_captions, train_own
-
-        tests: list[Sound] = []
-        if listed is not None:
-            sounds, tests = _listed(listed, audio, held_out, seed, say)
-            source = f"--videos {listed.name} --held-out {held_out:g}"
-        elif captions is not None:
-            sounds, source = read_captions(captions, audio or captions.parent), f"--captions {captions.name}"
-        say(f"train on {len(sounds):,} clips of {len({sound.text for sound in sounds})} sounds, {steps:,} steps")
-        if dry_run:
-            return
-        trained = train_own(sounds, state, tests=tests, steps=steps, seed=seed, device=device)
-        model, history = trained.model, trained.history
-        note = {"recipe": f"mixtura separate train {source} --steps {steps} --seed {seed}"}
-        if trained.left_out:
-            say(f"{trained.left_out:,} of {len(sounds):,} clips could not be used")
-        if (score := trained.held_out) is not None:
-            say(
-                f"on {score.mixtures} mixtures of two sounds held out, SI-SDR goes from {score.before:.1f} "
-                f"to {score.after:.1f} dB"
-            )
-            note["held_out"] = {"mixtures": score.mixtures, "si_sdr_before": score.before, "si_sdr_after": score.after}
-    if history.resumed_at:
-        say(f"went on from step {history.resumed_at}")
-    last = history.losses[-100:]
-    model.save_pretrained(out, half=half, note=note)
-    shutil.rmtree(state, ignore_errors=True)
-    shutil.rmtree(state.with_name(f"{state.name}.pieces"), ignore_errors=True)
-    say(f"{out} is written; loss over the last steps {sum(last) / len(last):.4f}")
-    say(f"use it: mixtura separate FILE --model {out} --query NAME")
-
-
-def _listed(
-    path: Path, audio: Path | None, held_out: float, seed: int, say: Callable[[str], None]
-) -> tuple[list[Sound], list[Sound]]:
-    """Sounds of a list to train on and those held out; what is missing is said."""
-    from mixtura.data.video_sounds import find_sounds, read_list, split_videos
-
-    if audio is None:
-        raise ValueError(f"--videos {path} needs --audio, the directory that holds the sounds of its videos")
-    clips = read_list(path)
-    parts = dict(zip(clips, split_videos(clips, held_out=held_out, seed=seed), strict=True))
-    found = find_sounds(clips, audio)
-    say(f"{path}: {len(found.clips):,} of {len(clips):,} clips are in {audio}")
-    if found.missing:
-        some = ", ".join(found.missing[:3])
-        say(
-            f"  missing are {some}{' and so on' if len(found.missing) > 3 else ''}; the sound of videos is for you to get"
-        )
-    pairs = list(zip(found.clips, found.sounds, strict=True))
-    sounds = [sound for clip, sound in pairs if parts[clip] == "train"]
-    tests = [sound for clip, sound in pairs if parts[clip] == "test"]
-    if len({sound.text for sound in sounds}) < 2:
-        raise ValueError(
-            f"the clips of {path} to train on that are in {audio} must hold at least two different sounds, got "
-            f"{len({sound.text for sound in sounds})}"
-        )
-    if tests:
-        say(f"  {len(tests):,} of them are held out")
-    return sounds, tests
 
 
 def _model(path: Path | None) -> QuerySeparator:

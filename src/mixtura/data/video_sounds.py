@@ -21,12 +21,13 @@ from pathlib import Path
 
 from mixtura.data.texts import MissingData
 
-__all__ = ["FoundSounds", "ListedClip", "Sound", "find_sounds", "read_list", "split_videos"]
+__all__ = ["FoundSounds", "ListedClip", "Sound", "find_sounds", "names_of", "read_list", "split_videos"]
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".flac", ".mp3", ".ogg", ".wav")
 CLIP_SECONDS = 10.0  # of VGGSound, and of AudioSet before it
+WHOLE = 1.5  # what lasts that many times as long as its clip holds the whole video
 SPLITS = ("train", "val", "valid", "validation", "test")
 FORMS = (
     '{"videos": {label: [id, ...]}} in a .json file (MUSIC), or a .csv file without a header with "id,start second,label,split" '
@@ -124,15 +125,12 @@ def find_sounds(clips: Sequence[ListedClip], folder: str | Path) -> FoundSounds:
             files.setdefault(path.stem, path)
     found, sounds, missing = [], [], []
     for clip in clips:
-        cut = [] if clip.start is None else [f"{clip.video}_{clip.start:06d}", f"{clip.video}_{clip.start}"]
-        name = next((stem for stem in cut if stem in files), None)
-        if name is not None:
-            sounds.append(Sound(files[name], clip.text))
-        elif clip.video in files:
-            sounds.append(Sound(files[clip.video], clip.text, clip.start))
-        else:
-            missing.append(f"{(cut or [clip.video])[0]}.wav")
+        names = names_of(clip)
+        name = next((stem for stem in names if stem in files), None)
+        if name is None:
+            missing.append(f"{names[0]}.wav")
             continue
+        sounds.append(Sound(files[name], clip.text, clip.start if name == clip.video else None))
         found.append(clip)
     if not found:
         raise MissingData(
@@ -140,6 +138,12 @@ def find_sounds(clips: Sequence[ListedClip], folder: str | Path) -> FoundSounds:
             f"videos by yourself and name the files as in {missing[0]} (WAV, FLAC, OGG or MP3, in any folder below)"
         )
     return FoundSounds(tuple(found), tuple(sounds), tuple(missing))
+
+
+def names_of(clip: ListedClip) -> list[str]:
+    """Names under which a clip may lie on disk, without a suffix; the last is that of the whole video."""
+    cut = [] if clip.start is None else [f"{clip.video}_{clip.start:06d}", f"{clip.video}_{clip.start}"]
+    return [*cut, clip.video]
 
 
 def split_videos(clips: Sequence[ListedClip], *, held_out: float = 0.1, seed: int = 0) -> list[str]:

@@ -20,18 +20,17 @@ from torch import Tensor
 from mixtura.audio.files import open_recording
 from mixtura.core.checkpoint import atomic_directory, read_json, write_json
 from mixtura.core.progress import progress
-from mixtura.data.video_sounds import Sound
+from mixtura.data.video_sounds import WHOLE, Sound
 
-__all__ = ["Pieces", "unpack"]
+__all__ = ["Pieces", "unpack", "warn_of"]
 
 log = logging.getLogger(__name__)
 
-META, WAVES, OWNERS = "pieces.json", "waves.f16", "owners.npy"
+META, WAVES, OWNERS, PLACES = "pieces.json", "waves.f16", "owners.npy", "places.npy"
 LEAST = 0.25  # seconds; a shorter sound, or rest of one, is left out
 QUIET = 0.05  # pieces below this share of their sound's level hold nothing to learn from
 LEVEL = 0.05  # root mean square that pieces are brought to
 READ = 30  # pieces that are decoded at a time
-WHOLE = 1.5  # a file that many times as long as its clip holds the whole video
 NAMED = 10  # problems that are told line by line
 
 
@@ -44,12 +43,16 @@ class Pieces:
         texts: what each holds.
         sounds: how many sounds gave at least one.
         left_out: how many gave none.
+        owners: number of the sound that each is of, shape (C,), ascending.
+        places: which piece of its sound each is, quiet ones counted, shape (C,).
     """
 
     waves: Tensor
     texts: tuple[str, ...]
     sounds: int
     left_out: int
+    owners: Tensor
+    places: Tensor
 
 
 def unpack(sounds: Sequence[Sound], path: str | Path, *, rate: int, seconds: float = 2.0) -> Pieces:
@@ -72,16 +75,24 @@ def unpack(sounds: Sequence[Sound], path: str | Path, *, rate: int, seconds: flo
     if not (path / META).exists() or read_json(path / META)["of"] != key:
         _write(sounds, path, rate, size, key)
     kept = read_json(path / META)
-    owners = np.load(path / OWNERS, allow_pickle=False)
+    owners, places = (np.load(path / name, allow_pickle=False) for name in (OWNERS, PLACES))
     # Copy on write: torch wants memory that it may write to, and the file must stay what it is.
     mapped = np.memmap(path / WAVES, dtype=np.float16, mode="c", shape=(len(owners), size))
-    return Pieces(
-        torch.from_numpy(mapped), tuple(sounds[i].text for i in owners), kept["sounds"], len(sounds) - kept["sounds"]
-    )
+    texts = tuple(sounds[i].text for i in owners)
+    numbers = (torch.from_numpy(owners), torch.from_numpy(places))
+    return Pieces(torch.from_numpy(mapped), texts, kept["sounds"], len(sounds) - kept["sounds"], *numbers)
+
+
+def warn_of(problems: Sequence[str]) -> None:
+    """Tell the first ten of many problems in a line each, and how many more there are."""
+    for line in problems[:NAMED]:
+        log.warning("%s; left out", line)
+    if len(problems) > NAMED:
+        log.warning("and %d more like these", len(problems) - NAMED)
 
 
 def _key(sounds: Sequence[Sound], rate: int, size: int) -> str:
-    facts: list[object] = [rate, size, 1]
+    facts: list[object] = [rate, size, 2]
     for sound in sounds:
         about = sound.path.stat()
         facts.append(
@@ -92,6 +103,7 @@ def _key(sounds: Sequence[Sound], rate: int, size: int) -> str:
 
 def _write(sounds: Sequence[Sound], path: Path, rate: int, size: int, key: str) -> None:
     owners: list[int] = []
+    places: list[int] = []
     bad: list[str] = []
     with atomic_directory(path) as beside:
         with (beside / WAVES).open("w+b") as file:
@@ -99,7 +111,9 @@ def _write(sounds: Sequence[Sound], path: Path, rate: int, size: int, key: str) 
                 begin = file.tell()
                 try:
                     levels = _append(file, sound, rate, size)
-                    owners += [i] * _keep_loud(file, begin, levels, 2 * size)
+                    loud = _keep_loud(file, begin, levels, 2 * size)
+                    owners += [i] * len(loud)
+                    places += loud
                 except (ValueError, OSError) as error:
                     file.seek(begin)
                     file.truncate()
@@ -107,11 +121,9 @@ def _write(sounds: Sequence[Sound], path: Path, rate: int, size: int, key: str) 
         if not owners:
             raise ValueError(f"none of {len(sounds)} sounds can be used; the first: {bad[0]}")
         np.save(beside / OWNERS, np.array(owners, dtype=np.int64))
+        np.save(beside / PLACES, np.array(places, dtype=np.int64))
         write_json(beside / META, {"of": key, "sounds": len(set(owners))})
-    for line in bad[:NAMED]:
-        log.warning("%s; left out", line)
-    if len(bad) > NAMED:
-        log.warning("and %d more like these", len(bad) - NAMED)
+    warn_of(bad)
 
 
 def _append(file: BinaryIO, sound: Sound, rate: int, size: int) -> list[float]:
@@ -144,8 +156,8 @@ def _append(file: BinaryIO, sound: Sound, rate: int, size: int) -> list[float]:
     return levels
 
 
-def _keep_loud(file: BinaryIO, begin: int, levels: Sequence[float], stride: int) -> int:
-    """Close the gaps that quiet pieces leave in the file, and give the number of the others."""
+def _keep_loud(file: BinaryIO, begin: int, levels: Sequence[float], stride: int) -> list[int]:
+    """Close the gaps that quiet pieces leave in the file, and give the numbers of the others."""
     loud = [i for i, level in enumerate(levels) if level > QUIET * max(levels)]
     for to, at in enumerate(loud):
         if to != at:
@@ -156,4 +168,4 @@ def _keep_loud(file: BinaryIO, begin: int, levels: Sequence[float], stride: int)
     file.seek(begin + len(loud) * stride)
     file.truncate()
     file.seek(0, os.SEEK_END)
-    return len(loud)
+    return loud

@@ -4,10 +4,10 @@ Shapes: C clips, N samples, D width of an embedding, B mixtures of a batch, n so
 Source: CLIPSep (2212.07065), sec. 3; mix-and-separate of Zhao et al. 2018 (1804.03160), sec. 3.2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -90,6 +90,7 @@ def fit_separator(
     out: Path | None = None,
     label: str = "separate",
     stop: int | None = None,
+    describe: Mapping[str, Any] | None = None,
 ) -> History:
     """Train on clips, each with the embedding that queries it.
 
@@ -97,7 +98,7 @@ def fit_separator(
         model: trained in place.
         waves: shape (C, N), at the model's sample rate, of any floating type; rows are taken as they are drawn, so they may lie
             in a file on disk (:func:`mixtura.audio.separate.pieces.unpack`).
-        embeddings: shape (C, D), or (C, frames, D), of which the mean is taken.
+        embeddings: shape (C, D), of any floating type and in a file if need be, or (C, frames, D), of which the mean is taken.
         config: length and rate; the plan of the paper has no weight decay.
         mixing: batches.
         objective: with noise heads; None trains queries alone.
@@ -107,6 +108,7 @@ def fit_separator(
         out: directory of the state of an unfinished run.
         label: on the progress bar.
         stop: leave after so many steps, the state kept in ``out`` (:func:`mixtura.core.training.fit`).
+        describe: further facts that must agree between an unfinished run and what goes on from it.
     Raises:
         ValueError: shapes that do not match, clips that are silent or not finite, a number of sources other than that of the
             model's noise heads, or fewer groups than sources.
@@ -115,7 +117,7 @@ def fit_separator(
     _check(model, waves, embeddings, mixing, objective, groups)
     query_CD = F.normalize(embeddings.mean(1), dim=-1) if embeddings.dim() == 3 else embeddings
     warm = int(mixing.warmup * config.steps) if objective is not None else 0
-    members = None if groups is None else [torch.nonzero(groups == g)[:, 0] for g in groups.unique()]
+    members = None if groups is None else _members(groups)
 
     def loss_at(step: int) -> Tensor:
         rng = torch.Generator().manual_seed(mixing.seed * 1_000_003 + step)
@@ -128,9 +130,9 @@ def fit_separator(
             sources = augment(sources, rng)
         used = objective if step >= warm else None
         device = model.shift.device
-        return mixture_loss(model, sources.to(device), query_CD[rows_Bn].to(device), used, mixing.mask)
+        return mixture_loss(model, sources.to(device), query_CD[rows_Bn].float().to(device), used, mixing.mask)
 
-    facts = {"clips": len(waves), "seed": mixing.seed}
+    facts = {"clips": len(waves), "seed": mixing.seed, **(describe or {})}
     return fit(model, loss_at, config, out=out, label=label, describe=facts, stop=stop)
 
 
@@ -196,6 +198,12 @@ def fit_from_text(
     return fit_separator(
         model, waves, embedded[groups], config, mixing=mixing, groups=groups, augment=augment, out=out, label="separate"
     )
+
+
+def _members(groups: Tensor) -> Sequence[Tensor]:
+    """Clips of each group, groups and clips in ascending order; one sort, for there may be as many groups as videos."""
+    order = groups.argsort(stable=True)
+    return order.split(groups.unique(return_counts=True)[1].tolist())
 
 
 def _drawn(clips: int, mixing: Mixing, members: Sequence[Tensor] | None, rng: torch.Generator) -> Tensor:
