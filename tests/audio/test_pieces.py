@@ -1,5 +1,7 @@
 """Sounds made pieces in a file on disk: what stands in them, what is left out, and that memory does not hold them."""
 
+import errno
+
 import numpy as np
 import pytest
 import torch
@@ -90,6 +92,16 @@ def test_bad_files_are_told_and_left_out_and_the_rest_goes_on(tmp_path, caplog):
     with pytest.raises(ValueError, match=r"none of 4 sounds can be used; the first: .*text\.wav"):
         unpack(bad, tmp_path / "r", rate=RATE)
     assert not (tmp_path / "r").exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_sound(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_keep_loud", full)
+    with pytest.raises(OSError, match="No space left"):
+        unpack([Sound(tone(tmp_path / "a.wav"), "tone")], tmp_path / "pieces", rate=RATE)
+    assert not (tmp_path / "pieces").exists()
 
 
 def test_pieces_of_the_same_files_are_taken_as_they_are_and_of_others_made_anew(tmp_path):

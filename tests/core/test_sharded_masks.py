@@ -187,17 +187,23 @@ def test_masks_that_are_cut_move_as_in_one_process(world: int):
             assert part[kind]["explored"] == part["set"]["explored"]
 
 
+def few_values(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, its mask and a score to grow by, shape (9, 8), with many equal values; the last has a NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randint(-2, 3, (9, 8), generator=generator).float() / 4
+    if seed == 5:
+        weight[2, 3] = torch.nan
+    mask = torch.rand(9, 8, generator=generator) < 0.6
+    score = torch.randint(0, 3, (9, 8), generator=generator).double()
+    return weight, mask, score
+
+
 def ties(rank: int) -> list[torch.Tensor]:
     """Choices among few values, many of them equal, and moves of a mask, over the processes."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     found = []
     for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randint(-2, 3, (9, 8), generator=generator).float() / 4
-        if seed == 5:
-            weight[2, 3] = torch.nan
-        mask = torch.rand(9, 8, generator=generator) < 0.6
-        score = torch.randint(0, 3, (9, 8), generator=generator).double()
+        weight, mask, score = few_values(seed)
         cut = [distribute_tensor(t, mesh, [Shard(0)]) for t in (weight, mask.byte(), score)]
         rows = rows_of("weight", cut[0])
         own = [t.to_local() for t in cut]
@@ -214,12 +220,7 @@ def test_of_equal_weights_the_first_go_in_however_many_processes():
     found = in_processes(4, ties)
     want = []
     for seed in range(6):
-        generator = torch.Generator().manual_seed(seed)
-        weight = torch.randint(-2, 3, (9, 8), generator=generator).float() / 4
-        if seed == 5:
-            weight[2, 3] = torch.nan
-        mask = torch.rand(9, 8, generator=generator) < 0.6
-        score = torch.randint(0, 3, (9, 8), generator=generator).double()
+        weight, mask, score = few_values(seed)
         # By lists of positions, sorted by size and then by place.
         size = [x if x == x else 1e9 for x in weight.abs().flatten().tolist()]
         active = [i for i in range(72) if mask.flatten()[i]]

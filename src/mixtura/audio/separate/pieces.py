@@ -3,6 +3,7 @@
 Shapes: C pieces, N samples.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -31,6 +32,7 @@ LEAST = 0.25  # seconds; a shorter sound, or rest of one, is left out
 QUIET = 0.05  # pieces below this share of their sound's level hold nothing to learn from
 LEVEL = 0.05  # root mean square that pieces are brought to
 READ = 30  # pieces that are decoded at a time
+FULL = (errno.ENOSPC, errno.EDQUOT)
 NAMED = 10  # problems that are told line by line
 
 
@@ -69,6 +71,7 @@ def unpack(sounds: Sequence[Sound], path: str | Path, *, rate: int, seconds: flo
         seconds: length of a piece.
     Raises:
         ValueError: not one sound gives a piece.
+        OSError: the disk is full.
     """
     path, size = Path(path), round(seconds * rate)
     key = _key(sounds, rate, size)
@@ -115,6 +118,8 @@ def _write(sounds: Sequence[Sound], path: Path, rate: int, size: int, key: str) 
                     owners += [i] * len(loud)
                     places += loud
                 except (ValueError, OSError) as error:
+                    if getattr(error, "errno", None) in FULL:
+                        raise  # the sound is not to blame, and the next would fare no better
                     file.seek(begin)
                     file.truncate()
                     bad.append(str(error))
