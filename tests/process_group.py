@@ -17,7 +17,12 @@ def in_processes(world: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     Processes are forked, since fresh interpreters take seconds to import torch. What fails in one is raised here.
     """
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (world, work, args, folder), nprocs=world, start_method="fork")
+        started = mp.start_processes(
+            _process, (world, work, args, folder), nprocs=world, join=False, start_method="fork"
+        )
+        assert started is not None
+        while not started.join(grace_period=30):  # after one has failed, the others may still say what they saw of it
+            pass
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
 
 

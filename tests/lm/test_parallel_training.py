@@ -260,7 +260,6 @@ def dying(rank, folder):
         run("even", team, folder / "state", spoil=die)
     except LostProcess as error:
         (folder / f"{rank}.txt").write_text(str(error))
-        time.sleep(2)  # until the others have said so, too
         os._exit(0)
 
 
@@ -270,7 +269,7 @@ def test_a_process_killed_in_mid_run_ends_the_others_with_words_and_the_last_che
         in_processes(4, dying, tmp_path)
     assert time.monotonic() - start < 60
     said = [file.read_text() for file in tmp_path.glob("*.txt")]
-    assert said, "no process said what happened"
+    assert len(said) == 3, said
     for words in said:
         assert re.match(
             r"process \d lost another process of the training at step 13; the last good checkpoint, in .*state, is of 10 steps;"
