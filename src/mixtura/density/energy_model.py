@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from mixtura.core.keeping import Keeping
@@ -29,6 +29,7 @@ from mixtura.core.training import TrainConfig, learning_rate
 from mixtura.core.training import fit as train
 from mixtura.density import noise_laws
 from mixtura.density.energies import ENERGIES, Tilted, evaluated, langevin, tilted
+from mixtura.density.inputs import as_matrix
 from mixtura.density.unnormalized import CompositionalLikelihood, NoiseContrastive, NoiseCoverageWarning
 
 __all__ = ["METHODS", "NOISES", "EnergyDensity", "ood_score"]
@@ -140,7 +141,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
             NoiseCoverageWarning: a few noise points carry the whole constant.
         """
         self._check_parameters()
-        table = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2, allow_nd=self.energy != "mlp")
+        table = as_matrix(self, X, reset=True, dtype=FLOATS, ensure_min_samples=2, allow_nd=self.energy != "mlp")
         self.feature_shape_ = tuple(int(n) for n in table.shape[1:])
         data = torch.as_tensor(np.ascontiguousarray(table))
         flat_NF = data.flatten(1)
@@ -316,7 +317,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
 
     def _checked(self, X: ArrayLike) -> Tensor:
         check_is_fitted(self)
-        table = validate_data(self, X, dtype=FLOATS, reset=False, allow_nd=self.energy != "mlp")
+        table = as_matrix(self, X, reset=False, dtype=FLOATS, allow_nd=self.energy != "mlp")
         if table.shape[1:] != self.feature_shape_:
             raise ValueError(f"X must hold samples of shape {self.feature_shape_} as in fit, got {table.shape[1:]}")
         return torch.as_tensor(np.ascontiguousarray(table), dtype=torch.float64)

@@ -54,7 +54,7 @@ class Arrays:
         self.names = list(names) if names is not None else None
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
-        """Slices; only integers, which torch cannot take as they are, are copied."""
+        """Slices; only what torch cannot take as it is (integers, reversed arrays) is copied."""
         for start in range(0, len(self.array), rows):
             yield _tensor(self.array[start : start + rows])
 
@@ -292,13 +292,14 @@ def summarise(x: np.ndarray, weights: np.ndarray | None = None) -> Summary:
 
 def _tensor(array: np.ndarray | Tensor) -> Tensor:
     if isinstance(array, Tensor):
-        return array
+        return array if array.dtype in (torch.float64, torch.float32) else array.double()
     plain = np.asarray(array)
     if plain.dtype not in (np.float64, np.float32):
         plain = plain.astype(np.float64)
-    elif not plain.flags.writeable:
-        # torch warns of memory that must not be written; nothing here writes to it, but a view cannot say so.
-        plain = np.array(plain)
+    elif not plain.flags.writeable or min(plain.strides, default=0) < 0:
+        # torch warns of memory that must not be written (nothing here writes to it, but a view cannot say so), and has no
+        # negative strides.
+        plain = np.array(plain, order="C")
     return torch.from_numpy(plain)
 
 
