@@ -100,3 +100,29 @@ def test_reversed_rows_read_only_rows_and_tensors_are_taken(name: str):
         np.testing.assert_array_equal(answer(fitted, rows), want)
     half = given.detach().bfloat16()
     np.testing.assert_allclose(answer(fitted, half), answer(fitted, half.double().numpy()), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(ESTIMATORS) if hasattr(ESTIMATORS[name].make(), "transform")])
+@pytest.mark.filterwarnings("ignore")
+def test_what_transforms_names_its_columns_and_gives_a_frame_where_asked(name: str):
+    X, y = rows_and_labels()
+    table = pd.DataFrame(X, columns=["length", "mass"], index=np.arange(40) + 7)
+    made = ESTIMATORS[name].make()
+    plain = made.fit(table, y).transform(table)
+    kind = type(made).__name__.lower()
+    assert made.get_feature_names_out().tolist() == [f"{kind}{i}" for i in range(plain.shape[1])]
+    framed = made.set_output(transform="pandas").transform(table)
+    assert (
+        framed.columns.tolist() == made.get_feature_names_out().tolist()
+        and framed.index.tolist() == table.index.tolist()
+    )
+    np.testing.assert_array_equal(framed.to_numpy(), plain)
+
+
+@each
+def test_nothing_is_said_of_memory_that_must_not_be_written(name: str, recwarn):
+    X, y = rows_and_labels()
+    X.flags.writeable = False
+    model = ESTIMATORS[name].make().fit(X, y)
+    answer(model, X)
+    assert not [str(w.message) for w in recwarn if "writable" in str(w.message) or "__array__" in str(w.message)]

@@ -376,7 +376,10 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
         shape = y.shape
         if len(shape) > 1 and shape[-1] > 1:
             raise ValueError(f"y must have one column, got shape {shape}; fit one GatedRegression an output")
-        target_N = column_or_1d(y, warn=True, dtype=np.float64)
+        try:
+            target_N = column_or_1d(y, warn=True, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"y must hold one number a row ({error})") from error
         if len(target_N) != len(X):
             raise ValueError(f"X and y must have as many rows, got {len(X)} and {len(target_N)}")
         if problem := non_finite(target_N[:, None]):

@@ -142,6 +142,13 @@ def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> S
             f"X has {first.shape[1]} features, but {type(estimator).__name__} is expecting "
             f"{estimator.n_features_in_} features as input"
         )
+    elif source.names is not None and hasattr(estimator, "feature_names_in_"):
+        fitted = estimator.feature_names_in_.tolist()
+        if source.names != fitted:
+            raise ValueError(
+                f"The feature names should match those that were passed during fit: X has the columns {source.names[:8]}, "
+                f"and the fit had {fitted[:8]}, in this order"
+            )
     return source
 
 
@@ -169,8 +176,8 @@ def as_matrix(
     problem = non_finite(found.reshape(len(found), -1), getattr(estimator, "feature_names_in_", None))
     if problem:
         raise ValueError(f"{name} contains {problem}{hint if 'missing' in problem else ''}")
-    # torch has no negative strides.
-    matrix: np.ndarray = found.copy() if min(found.strides, default=0) < 0 else found
+    # torch has no negative strides, and warns of memory that must not be written.
+    matrix: np.ndarray = found if found.flags.writeable and min(found.strides, default=0) >= 0 else found.copy()
     return matrix
 
 
@@ -259,6 +266,12 @@ def prepare(estimator: Any, X: Any, y: Any, sample_weight: Any, processes: Proce
         )
     if not everywhere.weight > 0:
         raise ValueError("sample_weight is zero for every sample")
+    counted = n_own if w_N is None else int((w_N > 0).sum())
+    n_counted = int(processes.sum(torch.tensor([float(counted)], dtype=torch.float64)))
+    if n_counted < estimator.n_components:
+        raise ValueError(
+            f"n_components={estimator.n_components} needs as many samples whose sample_weight is above 0, got {n_counted}"
+        )
     y_all = _gather_labels(y_N, n_own, processes)
     classes = None if y_all is None else map_classes(y_all, estimator.n_components, estimator.class_components)
     frame = everywhere.frame(covariance, source.names)

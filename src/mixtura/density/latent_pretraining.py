@@ -337,7 +337,9 @@ def _has_class(y: np.ndarray) -> np.ndarray:
         return ~np.isnan(y) & (y != -1)
     if y.dtype.kind in "biu":
         return y != -1
-    return np.array([not (v is None or v != v or v == "" or v == -1) for v in y.tolist()])
+    import pandas as pd
+
+    return np.array([not (gone or v == "" or v == -1) for v, gone in zip(y.tolist(), pd.isna(y), strict=True)])
 
 
 def _paired(latent: Any) -> bool:

@@ -45,7 +45,10 @@ def checked_targets(X: np.ndarray, y: Any) -> np.ndarray:
     y = np.asarray(y)
     if np.iscomplexobj(y):
         raise ValueError("Complex data not supported: y is complex")
-    y = y.astype(np.float64)
+    try:
+        y = y.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must hold numbers ({error}); for classes there is ScaleMixtureClassifier") from error
     if y.ndim not in (1, 2):
         raise ValueError(f"y must have 1 or 2 dimensions, got shape {y.shape}")
     if len(y) != len(X):
