@@ -2,8 +2,9 @@
 
 Pairs are sorted by expert once, on the device. Both products then run over the rows of all experts in one launch each, the
 first reads tokens where they lie, and one more launch adds up what a token's experts say. The host only ever knows that
-there are S = T K pairs, so nothing waits for the GPU, and `torch.compile` sees one graph without breaks. Kept for the backward pass:
-the up product, what ``inner`` keeps, and the expert outputs; ``grouped`` keeps less and recomputes. No second derivative.
+there are S = T K pairs, so nothing waits for the GPU, and `torch.compile` sees one graph without breaks. Kept for the
+backward pass: the up product, what ``inner`` keeps, and the expert outputs; ``grouped`` keeps the up product alone. No
+second derivative.
 
 The kernels (`gpu_kernels`) agree with ``loop`` under Triton's interpreter, gradients too. They have not run on a GPU yet.
 
@@ -75,7 +76,7 @@ def _product(
     n_experts, n_out, n_in = weight.shape
     n_pairs = len(order)
     out_SN = x.new_empty(n_pairs, n_out)
-    rows, columns, depth, launch = _tile(x.dtype, n_pairs // n_experts)
+    rows, columns, depth, launch = _tile(x.dtype, weight.dtype, n_pairs // n_experts)
     n_tiles = triton.cdiv(n_pairs, rows) + n_experts + 1
     with torch.cuda.device_of(x):
         gpu_kernels.expert_product[(n_tiles * triton.cdiv(n_out, columns),)](
@@ -142,7 +143,7 @@ def _weight_gradients(
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(weight.shape[:2] if bias else (0, 0), dtype=torch.float32)
     # The roles turn: a tile is (outputs, inputs), and rows are what is summed over.
-    size, _, depth, launch = _tile(x.dtype, max(n_out, n_in))
+    size, _, depth, launch = _tile(x.dtype, x.dtype, max(n_out, n_in))
     n_programs = n_experts * triton.cdiv(n_out, size) * triton.cdiv(n_in, size)
     with torch.cuda.device_of(x):
         gpu_kernels.weight_gradient[(n_programs,)](
@@ -254,16 +255,22 @@ def _(
     )
 
 
-def _tile(dtype: torch.dtype, rows: int) -> tuple[int, int, int, dict[str, Any]]:
+def _tile(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> tuple[int, int, int, dict[str, Any]]:
     """Rows, columns and depth of a tile, and how its kernel is launched, for experts of about so many rows.
 
     A fixed table and no search at run time: the number of rows changes with every batch, and each new choice costs a
-    compilation. 16-bit tiles of 128 x 128 x 64 in three stages take 96 KB of shared memory, which every GPU with
-    bfloat16 has; float32 takes a quarter of the area, for the registers. Few rows get low tiles.
+    compilation. 16-bit tiles of 128 x 128 x 64 in three stages take 96 KB of shared memory, which every GPU that
+    multiplies bfloat16 has, and so do two stages with float32 weights; float32 rows take a quarter of the area, for the
+    registers. Few rows get low tiles.
     """
     half = dtype != torch.float32
     most = 128 if half else 64
     rows = min(max(16, triton.next_power_of_2(rows)), most)
-    precision = "ieee" if half or torch.backends.cuda.matmul.fp32_precision != "tf32" else "tf32"
-    warps = 8 if rows == 128 else 4
-    return rows, most, most // 2, {"PRECISION": precision, "WIDEN": INTERPRETED, "num_warps": warps, "num_stages": 3}
+    tf32 = not half and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    launch = {
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "WIDEN": INTERPRETED,
+        "num_warps": 8 if rows == 128 else 4,
+        "num_stages": 2 if half and weight_dtype == torch.float32 else 3,
+    }
+    return rows, most, most // 2, launch

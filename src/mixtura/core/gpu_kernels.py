@@ -9,8 +9,6 @@ Shapes: T tokens, K experts a token visits, S = T K pairs sorted by expert, E ex
 and S; ``order`` (S,) is the pair, counted through (T, K), in each row; ``places`` (T, K) is the row of each pair.
 """
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -20,7 +18,7 @@ SHARED = 8  # tiles of rows that take turns at the columns together, so that bot
 
 
 @triton.jit
-def _find_tile(offsets: Any, tile: Any, n_groups: Any, GROUPS: tl.constexpr, ROWS: tl.constexpr) -> Any:
+def _find_tile(offsets, tile, n_groups, GROUPS: tl.constexpr, ROWS: tl.constexpr):
     """Group of a tile, and which of that group's tiles it is; a tile behind the last has a group >= n_groups.
 
     No tile spans two groups, so there are at most S / ROWS + n_groups of them, whatever the counts.
@@ -35,7 +33,7 @@ def _find_tile(offsets: Any, tile: Any, n_groups: Any, GROUPS: tl.constexpr, ROW
 
 
 @triton.jit
-def _add_product(total: Any, left: Any, right: Any, PRECISION: tl.constexpr, WIDEN: tl.constexpr) -> Any:
+def _add_product(total, left, right, PRECISION: tl.constexpr, WIDEN: tl.constexpr):
     if WIDEN:  # the interpreter multiplies the bit patterns of bfloat16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, total, input_precision=PRECISION)
@@ -43,23 +41,23 @@ def _add_product(total: Any, left: Any, right: Any, PRECISION: tl.constexpr, WID
 
 @triton.jit
 def expert_product(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    order: Any,
-    offsets: Any,
-    out: Any,
-    k: Any,
-    n_groups: Any,
-    n_out: Any,
-    n_in: Any,
-    x_row: Any,
-    x_column: Any,
-    weight_expert: Any,
-    weight_out: Any,
-    weight_in: Any,
-    bias_expert: Any,
-    bias_out: Any,
+    x,
+    weight,
+    bias,
+    order,
+    offsets,
+    out,
+    k,
+    n_groups,
+    n_out,
+    n_in,
+    x_row,
+    x_column,
+    weight_expert,
+    weight_out,
+    weight_in,
+    bias_expert,
+    bias_out,
     GATHER: tl.constexpr,
     BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -69,7 +67,7 @@ def expert_product(
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
     SHARED: tl.constexpr,
-) -> None:
+):
     """out[s] = weight[expert of s] @ x[s] + bias[expert of s], and 0 for sentinels; one program a tile (ROWS, OUT).
 
     With GATHER, x holds tokens (T, I) and row s reads the token of its pair; else x holds the sorted rows (S, I).
@@ -112,22 +110,22 @@ def expert_product(
 
 @triton.jit
 def weight_gradient(
-    grad: Any,
-    x: Any,
-    order: Any,
-    offsets: Any,
-    grad_weight: Any,
-    grad_bias: Any,
-    k: Any,
-    n_out: Any,
-    n_in: Any,
-    grad_row: Any,
-    grad_column: Any,
-    x_row: Any,
-    x_column: Any,
-    weight_expert: Any,
-    weight_out: Any,
-    weight_in: Any,
+    grad,
+    x,
+    order,
+    offsets,
+    grad_weight,
+    grad_bias,
+    k,
+    n_out,
+    n_in,
+    grad_row,
+    grad_column,
+    x_row,
+    x_column,
+    weight_expert,
+    weight_out,
+    weight_in,
     GATHER: tl.constexpr,
     BIAS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -135,7 +133,7 @@ def weight_gradient(
     IN: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDEN: tl.constexpr,
-) -> None:
+):
     """grad_weight[e] = grad[rows of e].T @ x[rows of e], 0 for an expert without rows; one program a tile (OUT, IN)."""
     n_columns = tl.cdiv(n_in, IN)
     per_expert = tl.cdiv(n_out, OUT) * n_columns
@@ -178,18 +176,18 @@ def weight_gradient(
 
 @triton.jit
 def sum_pairs(
-    rows: Any,
-    weights: Any,
-    places: Any,
-    n_live: Any,
-    out: Any,
-    k: Any,
-    width: Any,
-    row: Any,
-    column: Any,
+    rows,
+    weights,
+    places,
+    n_live,
+    out,
+    k,
+    width,
+    row,
+    column,
     WEIGHTED: tl.constexpr,
     WIDTH: tl.constexpr,
-) -> None:
+):
     """out[t] = sum_k weights[t, k] * rows[places[t, k]] without the sentinels; one program a token and WIDTH columns.
 
     ``n_live`` points at the number of rows that are no sentinels; weights (T, K) are contiguous.
@@ -211,21 +209,21 @@ def sum_pairs(
 
 @triton.jit
 def sum_pairs_gradients(
-    grad: Any,
-    rows: Any,
-    weights: Any,
-    order: Any,
-    n_live: Any,
-    grad_rows: Any,
-    grad_weights: Any,
-    k: Any,
-    width: Any,
-    grad_row: Any,
-    grad_column: Any,
-    row: Any,
-    column: Any,
+    grad,
+    rows,
+    weights,
+    order,
+    n_live,
+    grad_rows,
+    grad_weights,
+    k,
+    width,
+    grad_row,
+    grad_column,
+    row,
+    column,
     WIDTH: tl.constexpr,
-) -> None:
+):
     """Gradients of `sum_pairs` with weights at its rows and its weights, 0 for sentinels; one program a row."""
     place = tl.program_id(0).to(tl.int64)
     live = place < tl.load(n_live)
