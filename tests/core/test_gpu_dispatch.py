@@ -13,16 +13,25 @@ from mixtura.core.dispatch import experts_forward, why_not
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
-INTERPRETED = Path(__file__).with_name("interpreted_kernels.py")
+CHECKS = Path(__file__).with_name("gpu_kernel_checks.py")
+
+
+def run_checks(**environment: str) -> None:
+    # In a process of its own: triton reads the variable once, when it is imported.
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(CHECKS)]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, cwd=CHECKS.parents[2])
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
 
 
 @needs_triton
 def test_the_kernels_agree_with_the_loop_in_tritons_interpreter():
-    # In a process of its own: triton reads the variable once, when it is imported.
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(INTERPRETED)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=INTERPRETED.parents[2])
-    assert done.returncode == 0 and " passed" in done.stdout and "skipped" not in done.stdout, done.stdout + done.stderr
+    run_checks(TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_kernels_agree_with_the_loop_on_this_gpu():
+    run_checks(TRITON_INTERPRET="0")
 
 
 @needs_triton

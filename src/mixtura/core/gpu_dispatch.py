@@ -27,7 +27,7 @@ from mixtura.core import gpu_kernels
 if TYPE_CHECKING:
     from mixtura.core.dispatch import ExpertStack
 
-__all__ = ["INTERPRETED", "experts"]
+__all__ = ["INTERPRETED", "expert_product", "experts", "sort_pairs"]
 
 INTERPRETED = gpu_kernels.INTERPRETED
 
@@ -39,18 +39,18 @@ def experts(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> 
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     up, down = (stack.up.mT, stack.down.mT) if stack.transposed else (stack.up, stack.down)
-    groups = _sorted(indices, stack.n_experts)
+    groups = sort_pairs(indices, stack.n_experts)
     with torch.autocast(device, enabled=False):
-        u_SO = _product(x.to(dtype), up, stack.up_bias, *groups, True)
+        u_SO = expert_product(x.to(dtype), up, stack.up_bias, *groups, True)
         h_SH = stack.inner(u_SO)
-        y_SD = _product(h_SH, down, stack.down_bias, *groups, False)
+        y_SD = expert_product(h_SH, down, stack.down_bias, *groups, False)
         if stack.finish is not None:
             y_SD = stack.finish(y_SD)
         y_TD: Tensor = _sum(y_SD, weights, *groups)
     return y_TD.to(x.dtype)
 
 
-def _sorted(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def sort_pairs(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """``order`` (S,), ``places`` (T, K) and ``offsets`` (E + 2,), as `gpu_kernels` describes them."""
     experts_S, order = indices.reshape(-1).sort(stable=True)
     names = torch.arange(n_experts + 2, device=indices.device, dtype=indices.dtype)
@@ -63,7 +63,7 @@ def _sorted(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.custom_op("mixtura::expert_product", mutates_args=())
-def _product(
+def expert_product(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, places: Tensor, offsets: Tensor, gather: bool
 ) -> Tensor:
     """weight[e] @ x[s] + bias[e] for the rows s of every expert e, shape (S, N), dtype of x.
@@ -105,7 +105,7 @@ def _product(
     return out_SN
 
 
-@_product.register_fake
+@expert_product.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, order: Tensor, places: Tensor, offsets: Tensor, gather: bool
 ) -> Tensor:
@@ -122,7 +122,7 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
     grad_x = grad_weight = grad_bias = None
     if wants_x:
-        grad_x = _product(grad, weight.mT, None, *groups, False)
+        grad_x = expert_product(grad, weight.mT, None, *groups, False)
         if ctx.gather:
             grad_x = _sum(grad_x, None, *groups)
     if wants_weight or wants_bias:
@@ -131,14 +131,14 @@ def _product_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_x, grad_weight if wants_weight else None, grad_bias, None, None, None, None
 
 
-_product.register_autograd(_product_backward, setup_context=_keep_product)
+expert_product.register_autograd(_product_backward, setup_context=_keep_product)
 
 
 @torch.library.custom_op("mixtura::expert_weight_gradients", mutates_args=())
 def _weight_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, order: Tensor, places: Tensor, offsets: Tensor, gather: bool, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of `_product` at its weight and, in float32, at its bias (empty without)."""
+    """Gradients of `expert_product` at its weight and, in float32, at its bias (empty without)."""
     n_experts, n_out, n_in = weight.shape
     grad_weight = torch.empty_like(weight)
     grad_bias = weight.new_empty(weight.shape[:2] if bias else (0, 0), dtype=torch.float32)
