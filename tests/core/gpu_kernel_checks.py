@@ -192,6 +192,14 @@ def test_forward_and_backward_are_one_graph_that_never_asks_for_a_value():
     assert_same(everything(case, forward), want, 1e-6)
 
 
+@pytest.mark.parametrize("name", ["x", "up", "weights"])
+def test_a_second_derivative_is_refused(name):
+    case = random_case(3, 20, 17, 2, 1, bias=False)
+    (grad,) = torch.autograd.grad(by_backend(case, "triton").square().sum(), case[name], create_graph=True)
+    with pytest.raises(RuntimeError, match="'triton' has no second derivative; backend='loop' has"):
+        grad.sum().backward()
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="the assertion would end every later test on the device")
 @pytest.mark.parametrize("index", [-1, 4])
 def test_an_index_out_of_range_is_stopped_before_any_kernel_reads_by_it(index):

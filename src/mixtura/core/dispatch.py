@@ -35,7 +35,6 @@ __all__ = ["ACTIVATIONS", "BACKENDS", "ExpertStack", "dispatch", "experts_forwar
 # Experts with few rows share a block of about so many: fewer calls, and it stays in the cache.
 _FEW_ROWS = 32
 _BLOCK_ROWS = 256
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 RowFunction = Callable[[Tensor], Tensor]  # acts on each row of (M, ...) alone
 
@@ -154,13 +153,11 @@ def why_not(backend: str, x: Tensor) -> str | None:
 def _why_not_triton(x: Tensor) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton (Linux), or use backend='grouped'"
-    if x.dtype not in _TRITON_DTYPES:
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"triton computes in float32, bfloat16 or float16, got x of {x.dtype}; use backend='grouped'"
-    if x.device.type == "cuda":
-        return None
     from mixtura.core import gpu_dispatch
 
-    if x.device.type == "cpu" and gpu_dispatch.INTERPRETED:
+    if x.device.type == "cuda" or (x.device.type == "cpu" and gpu_dispatch.INTERPRETED):
         return None
     return f"triton needs a CUDA tensor, got one on {x.device}; use backend='grouped'"
 

@@ -6,7 +6,8 @@ there are S = T K pairs, so nothing waits for the GPU, and `torch.compile` sees 
 backward pass: the up product, what ``inner`` keeps, and the expert outputs; ``grouped`` keeps the up product alone. No
 second derivative.
 
-The kernels (`gpu_kernels`) agree with ``loop`` under Triton's interpreter, gradients too. They have not run on a GPU yet.
+The kernels (`gpu_kernels`) agree with ``loop`` under Triton's interpreter, gradients too, and compile for NVIDIA's Ampere, Hopper
+and Blackwell. They have not run on a GPU yet.
 
 There is no kernel that fuses the gate in: a running count in token order, which a capacity's "first come" needs, makes
 blocks of tokens wait for each other, and a stable sort gives the same order with any gate and any choice of who stays.
@@ -16,7 +17,8 @@ Shapes: T tokens, K experts a token visits, S = T K, E experts, D width, O and N
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import triton
@@ -78,7 +80,7 @@ def expert_product(
     out_SN = x.new_empty(n_pairs, n_out)
     rows, columns, depth, launch = _tile(x.dtype, weight.dtype, n_pairs // n_experts)
     n_tiles = triton.cdiv(n_pairs, rows) + n_experts + 1
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         gpu_kernels.expert_product[(n_tiles * triton.cdiv(n_out, columns),)](
             x,
             weight,
@@ -145,7 +147,7 @@ def _weight_gradients(
     # The roles turn: a tile is (outputs, inputs), and rows are what is summed over.
     size, _, depth, launch = _tile(x.dtype, x.dtype, max(n_out, n_in))
     n_programs = n_experts * triton.cdiv(n_out, size) * triton.cdiv(n_in, size)
-    with torch.cuda.device_of(x):
+    with _device_of(x):
         gpu_kernels.weight_gradient[(n_programs,)](
             grad,
             x,
@@ -188,7 +190,7 @@ def _sum(rows: Tensor, weights: Tensor | None, order: Tensor, places: Tensor, of
     width = rows.shape[1]
     out_TD = rows.new_empty(n_tokens, width)
     block = min(_WIDTH, triton.next_power_of_2(width))
-    with torch.cuda.device_of(rows):
+    with _device_of(rows):
         gpu_kernels.sum_pairs[(n_tokens, triton.cdiv(width, block))](
             rows,
             rows if weights is None else weights.contiguous(),
@@ -214,6 +216,8 @@ def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _sum_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.saved_tensors[1] is None:  # only a gradient is summed without weights
+        _no_second_derivative(ctx)
     return (*_sum_gradients(grad, *ctx.saved_tensors), None, None, None)
 
 
@@ -228,7 +232,7 @@ def _sum_gradients(
     grad_rows = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
     grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=rows.device)
     width = rows.shape[1]
-    with torch.cuda.device_of(rows):
+    with _device_of(rows):
         gpu_kernels.sum_pairs_gradients[(len(order),)](
             grad,
             rows,
@@ -253,6 +257,19 @@ def _(
     return torch.empty(rows.shape, dtype=rows.dtype, device=rows.device), torch.empty(
         weights.shape, dtype=weights.dtype, device=weights.device
     )
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> NoReturn:
+    raise RuntimeError("backend 'triton' has no second derivative; backend='loop' has")
+
+
+for _gradients in (_weight_gradients, _sum_gradients):
+    _gradients.register_autograd(_no_second_derivative)
+
+
+def _device_of(x: Tensor) -> AbstractContextManager[Any]:
+    """Where kernels are launched: Triton takes the current device, whatever the tensors say."""
+    return torch.cuda.device_of(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _tile(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> tuple[int, int, int, dict[str, Any]]:
