@@ -269,7 +269,7 @@ for _gradients in (_weight_gradients, _sum_gradients):
 
 def _device_of(x: Tensor) -> AbstractContextManager[Any]:
     """Where kernels are launched: Triton takes the current device, whatever the tensors say."""
-    return torch.cuda.device_of(x)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.cuda.device_of(x)  # type: ignore[no-untyped-call]
 
 
 def _tile(dtype: torch.dtype, weight_dtype: torch.dtype, rows: int) -> tuple[int, int, int, dict[str, Any]]:
