@@ -93,6 +93,16 @@ def test_a_bad_file_is_named_and_the_others_go_on(here, model, tmp_path):  # noq
     }
 
 
+def test_a_recording_is_not_written_over_by_the_stem_of_another(here, model, tmp_path):  # noqa: F811
+    write(tmp_path / "mix.wav")
+    write(tmp_path / "mix-violin.wav", seconds=1.0)
+    before = (tmp_path / "mix-violin.wav").read_bytes()
+    files = ("mix.wav", "mix-violin.wav")
+    done = here("separate", *files, "-q", "violin", "--model", model, "--out", ".", cwd=tmp_path)
+    assert done.returncode == 1 and "a stem of mix.wav would be written over mix-violin.wav" in done.stderr
+    assert (tmp_path / "mix-violin.wav").read_bytes() == before
+
+
 def test_a_dry_run_writes_nothing_and_a_list_names_what_is_known(here, model, tmp_path):  # noqa: F811
     write(tmp_path / "mix.wav")
     done = here("separate", "mix.wav", "-q", "violin", "--model", model, "--dry-run", cwd=tmp_path)

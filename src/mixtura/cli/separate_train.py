@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from mixtura.cli.plain import plain_console
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     from collections.abc import Callable
@@ -91,7 +92,7 @@ def train(
     from mixtura.audio.separate import ready
     from mixtura.cli.checks import check_device
 
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)

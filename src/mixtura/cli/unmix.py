@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.plain import plain_console
 from mixtura.cli.unmix_report import Maps, listed, report_lines, spoiled_channels, write_tables
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
@@ -110,7 +111,7 @@ def unmix(
 
         mixtura unmix reflectance.npy --endmembers 5 --lam 0.1 --sample 200000
     """
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
