@@ -62,9 +62,15 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(here, folder):  # no
         ("classify train one --side 8 --stride 1", "must hold at least two class folders, got one, a"),
         ("classify train nowhere", "nowhere does not exist"),
         ("classify train in --levels 4 --side 32", "side must be at least 64"),
+        ("classify train in --out one", "one holds other files, which would be lost"),
+        ("classify train in/dark --out in", "in holds in/dark, which would be lost"),
         ("classify predict in --model nowhere", "holds no image classifier"),
     ):
         done = here(*arguments.split(), cwd=folder)
         assert done.returncode == 1 and done.stderr.startswith("error") and message in done.stderr
         assert done.stderr.count("\n") == 1
-    assert not (folder / "classifier").exists() and not (folder / "classes.csv").exists()
+    assert (
+        (folder / "one" / "a").exists()
+        and not (folder / "classifier").exists()
+        and not (folder / "classes.csv").exists()
+    )

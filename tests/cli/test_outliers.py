@@ -178,6 +178,8 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folders, model
             ["fit", "{train}", "--outliers", "{noise}", "--out", "{noise}"],
             "holds the outliers; write to another directory",
         ),
+        (["fit", "{train}", "--outliers", "{noise}", "--out", "{one}/.."], "holds other files, which would be lost"),
+        (["fit", "{one}/across", "--outliers", "{noise}", "--out", "{one}"], "holds the images; write to another"),
         (["score", "{test}", "--model", "nowhere"], "nowhere does not exist; make it with: mixtura outliers fit"),
         (["score", "{test}", "--model", "{noise}"], "is no model of `mixtura outliers fit`"),
         (["score", "{bad}", "--model", "{model}"], "none of the images could be read"),

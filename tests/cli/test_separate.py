@@ -230,6 +230,7 @@ def test_a_separator_is_taught_by_pictures_and_asked_in_words(here, tmp_path, mo
         (["mix.wav", "-q", "violin", "--seconds", "0.1"], "--seconds must lie between 1 and 600"),
         (["mix.wav", "-q", "violin", "--out", "mix.wav"], "exists and is not a directory"),
         (["mix.wav", "-q", "violin", "--device", "warp"], "--device must be"),
+        (["train", "--captions", "one.csv", "--out", "."], ". holds one.csv, which would be lost"),
         (["train", "--captions", "none.csv", "--out", "x"], "none.csv does not exist"),
         (["train", "--captions", "bad.csv", "--out", "x"], "must have the columns file and text, got a, b"),
         (["train", "--captions", "one.csv", "--out", "x"], "at least two different sounds"),

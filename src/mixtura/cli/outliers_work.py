@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mixtura.cli.checks import check_device
+from mixtura.cli.checks import check_device, check_writable
 from mixtura.cli.outliers_picture import draw_fit, draw_scores
 from mixtura.core.checkpoint import atomic_directory, atomic_file, read_json, write_json
 from mixtura.core.page import check_picture
@@ -111,11 +111,10 @@ def fit(
     OutlierExposedClassifier(**options).check_parameters()
     if side < SMALLEST_SIDE:
         raise ValueError(f"--side must be at least {SMALLEST_SIDE} pixels, got {side}")
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give a directory to write")
     for name, read in (("images", folder), ("outliers", outliers)):
-        if out.resolve() == read.resolve():
+        if read.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out} holds the {name}; write to another directory")
+    check_writable(out, (), mark=KEPT)
 
     def told(problem: Problem) -> None:
         say(f"note: {problem}")
