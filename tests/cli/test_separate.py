@@ -133,7 +133,7 @@ def test_a_separator_is_trained_on_ones_own_clips_and_used(here, tmp_path):  # n
     for i in range(4):
         soundfile.write(tmp_path / f"{i}.wav", 0.3 * np.sin(2 * np.pi * (300 + 900 * (i % 2) + 20 * i) * t), 8000)
         rows.append(f"{i}.wav,{'owl' if i % 2 else 'toad'}")
-    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    (tmp_path / "clips.csv").write_text("\n".join(rows), encoding="utf-8-sig")  # as a spreadsheet writes it
     done = here("separate", "train", "--captions", "clips.csv", "--steps", "2", "--out", "birds", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train on 4 clips of 2 sounds" in done.stdout and not (tmp_path / "birds.state").exists()

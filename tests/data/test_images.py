@@ -166,7 +166,7 @@ def test_batches_take_no_more_memory_for_ten_times_the_files(tmp_path: Path):
 
 
 def test_a_list_of_paths_and_labels_is_read(tmp_path: Path):
-    (tmp_path / "train.txt").write_text("a b/1.jpg 7\nc/2.jpg 3\n\nd.jpg\n")
+    (tmp_path / "train.txt").write_text("a b/1.jpg 7\nc/2.jpg 3\n\nd.jpg\n", encoding="utf-8-sig")
     found = image_list(tmp_path / "train.txt")
     assert [str(path.relative_to(tmp_path)) for path in found.files] == ["a b/1.jpg", "c/2.jpg", "d.jpg"]
     assert found.labels.tolist() == [1, 0, -1] and found.classes == ("3", "7")

@@ -197,7 +197,7 @@ def image_list(path: str | Path, root: str | Path | None = None) -> ImageFolder:
     path = Path(path)
     root = path.parent if root is None else Path(root)
     files, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         head, _, tail = line.strip().rpartition(" ")
