@@ -1,5 +1,7 @@
 """Recordings on disk: what is read, what is refused, and stems that appear together or not at all."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -103,6 +105,25 @@ def test_sketches_do_not_grow_with_the_recording(tmp_path):
     # White noise has the same mean power in every column: 12 frames each, so a spread of some tenths.
     top = said.sketches[0][8:].mean(0)
     assert top.min() > 0.5 * top.mean() and top.max() < 2 * top.mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "subtype", "written"),
+    [
+        ("x.wav", "PCM_U8", "PCM_U8"),
+        ("x.wav", "PCM_24", "PCM_24"),
+        ("x.wav", "DOUBLE", "DOUBLE"),
+        ("x.wav", "ULAW", "PCM_24"),
+        ("x.mp3", "MPEG_LAYER_III", "PCM_24"),
+    ],
+)
+def test_stems_have_the_samples_of_the_recording_unless_those_are_compressed(tmp_path, name, subtype, written):
+    if Path(name).suffix[1:].upper() not in soundfile.available_formats():
+        pytest.skip("this libsndfile writes no MP3")
+    found = open_recording(write(tmp_path / name, noise(8000), subtype=subtype))
+    with write_together([tmp_path / "stem.wav"], found) as (writer,):
+        writer(torch.zeros(1, 100))
+    assert open_recording(tmp_path / "stem.wav").subtype == written
 
 
 def test_an_interrupt_leaves_no_stem_behind(tmp_path):

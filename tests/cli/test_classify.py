@@ -1,6 +1,7 @@
 """``mixtura classify``: a folder in, a classifier, a picture and answers out; errors of one line."""
 
 import csv
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,19 @@ def test_a_folder_is_learned_and_asked(here, folder):  # noqa: F811
     assert done.returncode == 0 and len((folder / "one.csv").read_text().splitlines()) == 2
 
 
+def test_names_of_classes_are_printed_and_drawn_as_they_are(here, folder):  # noqa: F811
+    names = ("[/b] :cat: $x_{$ 音", "[red]")
+    for before, after in zip(("dark", "light"), names, strict=True):
+        (folder / "in" / before).rename(folder / "in" / after.replace("/", "∕"))
+    network = ["--side", "8", "--stride", "1", "--width", "8", "--depth", "1", "--epochs", "1"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        done = here("classify", "train", "in", "--out", "m", *network, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "[∕b] :cat: $x_{$ 音" in done.stdout and "[red]" in done.stdout
+    assert (folder / "m" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_what_cannot_be_done_is_one_line_and_leaves_nothing(here, folder):  # noqa: F811
     (folder / "one" / "a").mkdir(parents=True)
     for name in "01":
@@ -47,10 +61,16 @@ def test_what_cannot_be_done_is_one_line_and_leaves_nothing(here, folder):  # no
     for arguments, message in (
         ("classify train one --side 8 --stride 1", "must hold at least two class folders, got one, a"),
         ("classify train nowhere", "nowhere does not exist"),
-        ("classify train in --levels 9", "side must be at least"),
+        ("classify train in --levels 4 --side 32", "side must be at least 64"),
+        ("classify train in --out one", "one holds other files, which would be lost"),
+        ("classify train in/dark --out in", "in holds in/dark, which would be lost"),
         ("classify predict in --model nowhere", "holds no image classifier"),
     ):
         done = here(*arguments.split(), cwd=folder)
         assert done.returncode == 1 and done.stderr.startswith("error") and message in done.stderr
         assert done.stderr.count("\n") == 1
-    assert not (folder / "classifier").exists() and not (folder / "classes.csv").exists()
+    assert (
+        (folder / "one" / "a").exists()
+        and not (folder / "classifier").exists()
+        and not (folder / "classes.csv").exists()
+    )

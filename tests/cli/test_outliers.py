@@ -144,6 +144,15 @@ def test_an_interrupted_fit_goes_on_to_the_same_model(here, folders, model, tmp_
         assert (tmp_path / "m" / "classifier" / name).read_bytes() == (model / "classifier" / name).read_bytes()
 
 
+def test_figures_of_a_few_images_are_not_said_to_be_of_others(here, folders, tmp_path):  # noqa: F811
+    for name, across in (("across", True), ("down", False)):
+        write(tmp_path / "few" / name, bars(6, across, np.random.default_rng(0)))
+    arguments = ("fit", tmp_path / "few", "--outliers", folders / "noise", *QUICK, "--out", "m")
+    done = here("outliers", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "12 images are too few to set any aside" in done.stdout and "images set aside" not in done.stdout
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folders, model, tmp_path):  # noqa: F811
     fit = here("outliers", "fit", folders / "train", "--outliers", folders / "noise", "--dry-run", cwd=tmp_path)
     assert fit.returncode == 0 and "would train on 32 x 32 pixels for 30 + 10 epochs" in fit.stdout
@@ -161,13 +170,16 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folders, model
         (["fit", "{one}", "--outliers", "{noise}"], "has one class folder (across); at least two are needed"),
         (["fit", "{train}", "--outliers", "{train}"], "121 of the outliers are images of the classes"),
         (["fit", "{train}", "--outliers", "{noise}", "--side", "4"], "--side must be at least 8 pixels, got 4"),
-        (["fit", "{train}", "--outliers", "{noise}", "--alpha", "0"], "alpha must be > 0, got 0.0"),
+        (["fit", "{train}", "--outliers", "{noise}", "--alpha", "0", "--dry-run"], "alpha must be > 0, got 0.0"),
+        (["fit", "{train}", "--outliers", "{noise}", "--exclude", "trucs"], "exclude names 'trucs', and"),
         (["fit", "{train}", "--outliers", "{noise}", "--plot", "a.gif"], "--plot must end in .png, .svg or .pdf"),
         (["fit", "{train}", "--outliers", "{noise}", "--device", "warp"], "--device must be cpu, cuda"),
         (
             ["fit", "{train}", "--outliers", "{noise}", "--out", "{noise}"],
             "holds the outliers; write to another directory",
         ),
+        (["fit", "{train}", "--outliers", "{noise}", "--out", "{one}/.."], "holds other files, which would be lost"),
+        (["fit", "{one}/across", "--outliers", "{noise}", "--out", "{one}"], "holds the images; write to another"),
         (["score", "{test}", "--model", "nowhere"], "nowhere does not exist; make it with: mixtura outliers fit"),
         (["score", "{test}", "--model", "{noise}"], "is no model of `mixtura outliers fit`"),
         (["score", "{bad}", "--model", "{model}"], "none of the images could be read"),

@@ -106,6 +106,8 @@ def test_a_set_is_judged_with_a_table_figures_and_a_picture(here, beir):  # noqa
         (["  "], "the question is empty"),
         (["train", "gone"], "gone does not exist, and the corpora known by name are: debian"),
         (["train", "notes", "--out", "notes"], "notes exists and is not empty"),
+        (["train", "notes", "--steps", "0"], "--steps must be at least 1, got 0"),
+        (["train", "notes", "--batch", "1"], "batch >= 2"),
         (["train", "notes", "--vocab", "100"], "vocab_size must be at least 259"),
         (["eval", "notes"], "notes/corpus.jsonl does not exist"),
         (["eval", "notes", "--fuse", "words"], "--fuse must be bm25, got 'words'"),

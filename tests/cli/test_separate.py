@@ -93,6 +93,16 @@ def test_a_bad_file_is_named_and_the_others_go_on(here, model, tmp_path):  # noq
     }
 
 
+def test_a_recording_is_not_written_over_by_the_stem_of_another(here, model, tmp_path):  # noqa: F811
+    write(tmp_path / "mix.wav")
+    write(tmp_path / "mix-violin.wav", seconds=1.0)
+    before = (tmp_path / "mix-violin.wav").read_bytes()
+    files = ("mix.wav", "mix-violin.wav")
+    done = here("separate", *files, "-q", "violin", "--model", model, "--out", ".", cwd=tmp_path)
+    assert done.returncode == 1 and "a stem of mix.wav would be written over mix-violin.wav" in done.stderr
+    assert (tmp_path / "mix-violin.wav").read_bytes() == before
+
+
 def test_a_dry_run_writes_nothing_and_a_list_names_what_is_known(here, model, tmp_path):  # noqa: F811
     write(tmp_path / "mix.wav")
     done = here("separate", "mix.wav", "-q", "violin", "--model", model, "--dry-run", cwd=tmp_path)
@@ -123,7 +133,7 @@ def test_a_separator_is_trained_on_ones_own_clips_and_used(here, tmp_path):  # n
     for i in range(4):
         soundfile.write(tmp_path / f"{i}.wav", 0.3 * np.sin(2 * np.pi * (300 + 900 * (i % 2) + 20 * i) * t), 8000)
         rows.append(f"{i}.wav,{'owl' if i % 2 else 'toad'}")
-    (tmp_path / "clips.csv").write_text("\n".join(rows))
+    (tmp_path / "clips.csv").write_text("\n".join(rows), encoding="utf-8-sig")  # as a spreadsheet writes it
     done = here("separate", "train", "--captions", "clips.csv", "--steps", "2", "--out", "birds", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "train on 4 clips of 2 sounds" in done.stdout and not (tmp_path / "birds.state").exists()
@@ -220,6 +230,7 @@ def test_a_separator_is_taught_by_pictures_and_asked_in_words(here, tmp_path, mo
         (["mix.wav", "-q", "violin", "--seconds", "0.1"], "--seconds must lie between 1 and 600"),
         (["mix.wav", "-q", "violin", "--out", "mix.wav"], "exists and is not a directory"),
         (["mix.wav", "-q", "violin", "--device", "warp"], "--device must be"),
+        (["train", "--captions", "one.csv", "--out", "."], ". holds one.csv, which would be lost"),
         (["train", "--captions", "none.csv", "--out", "x"], "none.csv does not exist"),
         (["train", "--captions", "bad.csv", "--out", "x"], "must have the columns file and text, got a, b"),
         (["train", "--captions", "one.csv", "--out", "x"], "at least two different sounds"),

@@ -153,6 +153,7 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folder):  # no
         (["cube.hdr", "--endmembers", 3, "--lam", -1], "--lam must be at least 0, got -1"),
         (["cube.hdr", "--endmembers", 3, "--variable", "Y"], "variable and rows are of .mat files"),
         (["cube.hdr", "--endmembers", 3, "--out", "."], ". holds other files, which would be lost"),
+        (["cube.hdr", "--endmembers", 3, "--out", "thesis"], "thesis holds other files, which would be lost"),
         (["cube.hdr", "cube.npy", "--endmembers", 3], "two cubes are named cube"),
         (["zero.npy", "--endmembers", 3], "zero.npy: all 90 channels are constant"),
         (["lies.hdr", "--endmembers", 3], "lies.hdr promises 31 lines x 40 samples x 90 bands"),
@@ -163,6 +164,9 @@ def test_a_dry_run_says_what_it_would_do_and_writes_nothing(here, folder):  # no
     ],
 )
 def test_errors_are_one_line_that_names_the_cause(here, folder, scene, arguments, message):  # noqa: F811
+    (folder / "thesis").mkdir()
+    for name in ("report.md", "chapter.tex"):  # a report of one's own is no sign that the rest may go
+        (folder / "thesis" / name).write_text("years of work")
     np.save(folder / "zero.npy", np.zeros((5, 5, 90)))
     (folder / "lies.hdr").write_text((folder / "cube.hdr").read_text().replace("lines = 30", "lines = 31"))
     (folder / "lies.img").write_bytes((folder / "cube.img").read_bytes())
@@ -172,3 +176,4 @@ def test_errors_are_one_line_that_names_the_cause(here, folder, scene, arguments
     done = here("unmix", *arguments, cwd=folder)
     assert done.returncode == 1 and message in done.stderr, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+    assert (folder / "thesis" / "chapter.tex").exists()

@@ -52,6 +52,22 @@ def test_a_folder_of_class_folders_gives_files_and_their_classes(mixed: Path):
     assert image_folder(mixed / "ant").classes == ()  # images beside a folder: no classes
 
 
+def test_links_are_followed_except_those_that_lead_nowhere_or_back(mixed: Path, tmp_path: Path):
+    save(tmp_path / "elsewhere" / "wasp.png", np.zeros((6, 6, 3), np.uint8))
+    links = {"wasp": "../elsewhere", "ant/gone.png": "/nowhere.png", "ant/round": "..", "bee/self.png": "self.png"}
+    for name, target in links.items():
+        (mixed / name).symlink_to(target)
+    (mixed / "bee" / "notes.txt").unlink()
+    said = []
+    folder = image_folder(mixed, on_problem=lambda p: said.append(str(p)))
+    assert folder.classes == ("ant", "bee", "wasp") and folder.files[-1] == mixed / "wasp" / "wasp.png"
+    assert sorted(said) == [
+        f"{mixed / 'ant' / 'gone.png'}: is a link to nothing; left out",
+        f"{mixed / 'ant' / 'round'}: is a link to a folder that holds it; left out",
+        f"{mixed / 'bee' / 'self.png'}: is a link to nothing; left out",
+    ]
+
+
 def test_every_bad_file_is_one_line_and_the_rest_goes_on(mixed: Path):
     said = []
     folder = image_folder(mixed, on_problem=lambda p: None)
@@ -150,7 +166,7 @@ def test_batches_take_no_more_memory_for_ten_times_the_files(tmp_path: Path):
 
 
 def test_a_list_of_paths_and_labels_is_read(tmp_path: Path):
-    (tmp_path / "train.txt").write_text("a b/1.jpg 7\nc/2.jpg 3\n\nd.jpg\n")
+    (tmp_path / "train.txt").write_text("a b/1.jpg 7\nc/2.jpg 3\n\nd.jpg\n", encoding="utf-8-sig")
     found = image_list(tmp_path / "train.txt")
     assert [str(path.relative_to(tmp_path)) for path in found.files] == ["a b/1.jpg", "c/2.jpg", "d.jpg"]
     assert found.labels.tolist() == [1, 0, -1] and found.classes == ("3", "7")

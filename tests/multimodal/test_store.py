@@ -7,7 +7,7 @@ import pytest
 
 from mixtura.multimodal.retrieval import pending, store
 from mixtura.multimodal.retrieval.encoder import EncoderConfig, TextEncoder
-from mixtura.multimodal.retrieval.passages import Document, documents_of, passages
+from mixtura.multimodal.retrieval.passages import Document, NotText, documents_of, passages
 from mixtura.multimodal.retrieval.shared_encoding import encode_half
 from mixtura.multimodal.retrieval.store import SearchIndex
 from mixtura.multimodal.retrieval.tokenizer import train_tokenizer
@@ -166,6 +166,17 @@ def test_a_second_run_at_the_same_time_is_refused_and_the_first_goes_on(folder, 
     with pytest.raises(OSError, match="database is locked; is another run at work on this index"):
         other.add(documents_of(folder), str(folder))
     assert index.add(documents_of(folder), str(folder)).added == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_marks_of_an_encoding_are_no_text(tmp_path, encoding):
+    text = "Größe\r\n\r\n" + "waves on the sea 音 \U0001f30a " * 3000  # longer than what is read at a time
+    (tmp_path / "notes.txt").write_bytes(text.encode(encoding))
+    (document,) = documents_of(tmp_path)
+    assert list(document.passages()) == list(passages([text.replace("\r\n", "\n")]))
+    (tmp_path / "notes.txt").write_bytes(text.encode("utf-32"))
+    with pytest.raises(NotText, match="is a binary file"):
+        list(document.passages())
 
 
 def test_empty_binary_and_foreign_files_are_counted_and_the_rest_goes_on(folder, encoder):

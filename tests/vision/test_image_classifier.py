@@ -102,6 +102,10 @@ def test_images_move_and_mirror_whole():
         ({"arch": "cnn"}, "arch must be one of .*, got 'cnn'"),
         ({"side": 4, "stride": 2}, "side must be at least 8 for stride 2 and 1 levels, got 4"),
         ({"batch_size": 1}, "batch norm needs two"),
+        ({"stride": 0}, "stride must be at least 1, got 0"),
+        ({"width": 10}, "width must be divisible by 4, got 10"),
+        ({"levels": 0}, "levels must be 1 to 4, got 0"),
+        ({"lr": -1.0}, "lr must be > 0 and finite, got -1.0"),
         ({"held_out": 1.0}, "held_out must be between 0 and 1"),
     ],
 )

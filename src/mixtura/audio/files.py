@@ -153,8 +153,10 @@ def write_together(paths: Sequence[Path], recording: Recording) -> Iterator[list
                 raise ValueError(
                     f"{recording.path} has {recording.channels} channels and FLAC holds at most {FLAC_CHANNELS}; write WAV"
                 )
-            # Samples as they came, where this format has them; else 24 bits, which lose nothing that can be heard.
-            subtype = recording.subtype if recording.subtype in soundfile.available_subtypes(kind) else "PCM_24"
+            # Samples as they came, where this format has them and they lose nothing; else 24 bits, which lose nothing that can
+            # be heard. What is compressed (MP3, ADPCM, mu-law) would come out worse a second time, and MP3 in WAV not at all.
+            exact = recording.subtype.startswith("PCM_") or recording.subtype in ("FLOAT", "DOUBLE")
+            subtype = recording.subtype if exact and soundfile.check_format(kind, recording.subtype) else "PCM_24"
             beside = stack.enter_context(atomic_file(path))
             file = stack.enter_context(
                 soundfile.SoundFile(

@@ -18,10 +18,22 @@ def check_device(device: str) -> None:
         raise ValueError("--device cuda was asked for, and this machine has no CUDA device; use --device cpu")
 
 
-def check_writable(out: Path, sources: Sequence[str]) -> None:
-    """Refuse an output that is one of the sources, or a file where a directory is meant."""
+def check_writable(out: Path, sources: Sequence[str], *, mark: str = "config.json") -> None:
+    """Refuse an output that is or holds one of the sources, is a file, or is a directory of other things: it is replaced whole.
+
+    Args:
+        out: directory to write.
+        sources: what is read; names on the hub are passed over.
+        mark: file by which an earlier result is known, which may be replaced.
+    """
     for source in sources:
-        if out.exists() and Path(source).exists() and out.resolve() == Path(source).resolve():
+        if not (out.exists() and Path(source).exists()):
+            continue
+        if out.resolve() == Path(source).resolve():
             raise ValueError(f"{out} is also the source; write to another directory")
+        if Path(source).resolve().is_relative_to(out.resolve()):
+            raise ValueError(f"{out} holds {source}, which would be lost; write to another directory")
     if out.is_file():
         raise ValueError(f"{out} is a file; give a directory to write")
+    if out.is_dir() and any(out.iterdir()) and not (out / mark).exists():
+        raise ValueError(f"{out} holds other files, which would be lost; name a new directory")

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.plain import plain_console
+
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     import numpy as np
 
@@ -96,7 +98,7 @@ def train(
     from mixtura.data.images import image_folder
     from mixtura.vision.image_classifier import Recipe, train_classifier
 
-    console, problems = Console(highlight=False), _Problems()
+    console, problems = plain_console(), _Problems()
     check_device(device)
     check_writable(out, [str(folder)])
     picture = plot or out / "confusion.png"
@@ -182,7 +184,7 @@ def predict(
     from mixtura.data.images import ImageFolder, image_folder
     from mixtura.vision.image_classifier import ImageClassifier
 
-    console, problems = Console(highlight=False), _Problems()
+    console, problems = plain_console(), _Problems()
     check_device(device)
     if plot is not None:
         check_picture(plot, "--plot")
@@ -271,8 +273,9 @@ def _draw_confusion(path: Path, confusion: np.ndarray, labels: list[str], title:
     """Write the picture: share of each true class (rows) that was taken for each class (columns)."""
     import numpy as np
 
-    from mixtura.core.page import new_figure, save_figure
+    from mixtura.core.page import as_written, new_figure, save_figure
 
+    labels = [as_written(label) for label in labels]
     path.parent.mkdir(parents=True, exist_ok=True)
     k = len(labels)
     figure = new_figure(min(14.0, 3.5 + 0.45 * k), min(13.0, 2.5 + 0.42 * k))
@@ -290,7 +293,7 @@ def _draw_confusion(path: Path, confusion: np.ndarray, labels: list[str], title:
     axes.set_yticks(range(0, k, step), labels[::step], fontsize=8)
     axes.set_xlabel("told")
     axes.set_ylabel("true")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(as_written(title), fontsize=10)
     figure.colorbar(shown, ax=axes, label="share of the true class", shrink=0.8)
     save_figure(figure, path)
 

@@ -10,6 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.plain import plain_console
+
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     from mixtura.cli.outliers_work import Fitted, Scored
 
@@ -119,7 +121,13 @@ def fit(
     if found is None:
         return
     console.print(_classes(found))
-    say(f"{found.accuracy:.1%} of {found.set_aside} images set aside are classified right")
+    if found.set_aside:
+        say(f"{found.accuracy:.1%} of {found.tested} images set aside are classified right")
+    else:
+        say(
+            f"note: {found.tested} images are too few to set any aside; figures and threshold are of those it was trained on, "
+            "and flatter it"
+        )
     say(f"threshold {found.threshold:.4g} keeps {level:.0%} of them" + _rejected(found))
     say(f"{out} and {found.picture} are written; next: mixtura outliers score DIR --model {out}")
 
@@ -183,7 +191,7 @@ def score(
 
 
 def _speakers() -> tuple[Console, Any]:
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
@@ -200,7 +208,7 @@ def _rejected(found: Fitted) -> str:
 def _classes(found: Fitted) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("class")
-    for name in ("images", "set aside", "right", "median score"):
+    for name in ("images", "set aside" if found.set_aside else "trained on", "right", "median score"):
         table.add_column(name, justify="right")
     for row in found.classes:
         right = f"{row.right:.1%}" if row.aside else "-"

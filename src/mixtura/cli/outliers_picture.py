@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtura.core.page import new_figure, save_figure
+from mixtura.core.page import as_written, new_figure, save_figure
 
 __all__ = ["draw_fit", "draw_scores"]
 
@@ -80,7 +80,8 @@ def draw_scores(
         for spine in axes.spines.values():
             spine.set_color(tone)
             spine.set_linewidth(1.6)
-        axes.set_title(f"{_short(file.name)}\n{_short(name)} {value:.2f}", fontsize=6.5, color=tone, pad=2)
+        title = as_written(f"{_short(file.name)}\n{_short(name)} {value:.2f}")
+        axes.set_title(title, fontsize=6.5, color=tone, pad=2)
     save_figure(figure, path)
 
 
@@ -92,7 +93,9 @@ def _draw_scores(axes: Any, scores: Mapping[str, Any], threshold: float) -> None
     for (name, values), colour in zip(filled.items(), COLOURS, strict=False):
         # Shares, so that ten thousand outliers do not hide a hundred known images.
         weights = np.full(len(values), 1 / len(values))
-        axes.hist(values, edges, weights=weights, color=colour, alpha=0.55, label=f"{name} ({len(values):,})")
+        axes.hist(
+            values, edges, weights=weights, color=colour, alpha=0.55, label=f"{as_written(name)} ({len(values):,})"
+        )
     axes.axvline(threshold, color="black", lw=1, ls="--")
     axes.annotate(
         f" threshold {threshold:.3g}",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mixtura.cli.checks import check_device
+from mixtura.cli.checks import check_device, check_writable
 from mixtura.cli.outliers_picture import draw_fit, draw_scores
 from mixtura.core.checkpoint import atomic_directory, atomic_file, read_json, write_json
 from mixtura.core.page import check_picture
@@ -50,11 +50,12 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was learned and how well."""
+    """What was learned and how well; ``tested`` images were set aside, or, where there are few, trained on as well."""
 
     classes: list[ClassRow]
     accuracy: float
-    set_aside: int
+    tested: int
+    set_aside: bool
     threshold: float
     rejected: float | None
     outliers_aside: int
@@ -107,13 +108,13 @@ def fit(
     """Train a model of a folder into ``out``; None after a dry run. An unfinished one's state stands in ``out.state`` beside."""
     if plot is not None:
         check_picture(plot, "--plot")
+    OutlierExposedClassifier(**options).check_parameters()
     if side < SMALLEST_SIDE:
         raise ValueError(f"--side must be at least {SMALLEST_SIDE} pixels, got {side}")
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give a directory to write")
     for name, read in (("images", folder), ("outliers", outliers)):
-        if out.resolve() == read.resolve():
+        if read.resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out} holds the {name}; write to another directory")
+    check_writable(out, (), mark=KEPT)
 
     def told(problem: Problem) -> None:
         say(f"note: {problem}")
@@ -136,7 +137,6 @@ def fit(
             f"would train on {side} x {side} pixels for {options['base_epochs']} + {options['epochs']} epochs and write {out}"
         )
         return None
-    OutlierExposedClassifier(**options).check_parameters()
     channels = 1 if grey else 3
     state = out.with_name(f"{out.name}.state")
     images, rows = _unpacked(known, side, channels, state / "known", told)
@@ -180,7 +180,8 @@ def fit(
         for c, name in enumerate(known.classes)
     ]
     rejected = float((away < model.threshold_).mean()) if len(away) else None
-    return Fitted(table, float(right.mean()), len(held), model.threshold_, rejected, len(away), picture)
+    set_aside = len(held) < len(labels)
+    return Fitted(table, float(right.mean()), len(held), set_aside, model.threshold_, rejected, len(away), picture)
 
 
 def score(

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
+
+from mixtura.cli.plain import plain_console
 
 __all__ = ["add_to"]
 
@@ -76,8 +77,9 @@ def index(
 ) -> None:
     """Make an index of texts, or bring one up to date: only what is new or changed is read.
 
-    Every file of UTF-8 text is a document, and so is every line of a corpus.jsonl. Long ones are cut into passages. Memory does
-    not grow with the number or the size of the documents. Interrupt it as you like: the same command goes on from there.
+    Every file of UTF-8 or UTF-16 text is a document, and so is every line of a corpus.jsonl; links to folders are not followed.
+    Long ones are cut into passages. Memory does not grow with the number or the size of the documents. Interrupt it as you
+    like: the same command goes on from there.
 
     Started by torchrun, several processes encode what one of them reads, and *--device cuda* gives each a GPU of its own; the
     index is that of one process. It pays for transformers; the small encoder is quicker than what reads for it.
@@ -205,12 +207,12 @@ def evaluate(
         source, out, plot, split=split, fuse=fuse, weight=weight, model=model, questions=questions, device=device, seed=seed,
         say=_say,
     )  # fmt: skip
-    Console(highlight=False).print(table)
+    plain_console().print(table)
     _say(f"{out} and {plot} are written")
 
 
 def _say(line: str) -> None:
-    Console(highlight=False).print(line, soft_wrap=True, markup=False)
+    plain_console().print(line, soft_wrap=True, markup=False)
 
 
 def _command() -> str:

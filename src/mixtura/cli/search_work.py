@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -16,7 +17,7 @@ from rich.table import Table
 
 from mixtura.cli.checks import check_device
 from mixtura.core.checkpoint import write_json
-from mixtura.core.page import check_picture, new_figure, save_figure
+from mixtura.core.page import as_written, check_picture, new_figure, save_figure
 from mixtura.core.progress import progress
 from mixtura.data.retrieval_sets import RetrievalSet, load_beir
 from mixtura.lm.parallel.mesh import started_processes
@@ -140,6 +141,15 @@ def train(
     check_device(device)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not empty; give another --out")
+    if options["steps"] < 1:
+        raise ValueError(f"--steps must be at least 1, got {options['steps']}")
+    if not options["lr"] > 0:
+        raise ValueError(f"--lr must be > 0, got {options['lr']}")
+    # Made before any text is read: both refuse what is out of range.
+    config = EncoderConfig(vocab_size=options["vocab"], width=options["width"], layers=options["layers"])
+    contrast = UnsupervisedConfig(
+        steps=options["steps"], batch=options["batch"], queue=options["queue"], lr=options["lr"], seed=options["seed"]
+    )
     texts: list[str] = []
     groups: list[int] = []
     for number, name in enumerate(corpora):
@@ -151,16 +161,14 @@ def train(
         say(f"would train {options['steps']:,} steps of {options['batch']} pairs and write {out}")
         return
     tokenizer = train_tokenizer(progress(texts, desc="vocabulary", unit="document"), options["vocab"])
-    config = EncoderConfig(vocab_size=len(tokenizer), width=options["width"], layers=options["layers"])
-    encoder = TextEncoder(config, tokenizer, seed=options["seed"]).to(device)
+    encoder = TextEncoder(dataclasses.replace(config, vocab_size=len(tokenizer)), tokenizer, seed=options["seed"]).to(
+        device
+    )
     ids = [i for start in range(0, len(texts), 4096) for i in tokenizer.ids(texts[start : start + 4096])]
     del texts
     data = CropDataset(ids, way=cast(Way, options["pairs"]), groups=groups if len(corpora) > 1 else None)
     if data.skipped:
         say(f"{data.skipped:,} documents of fewer than two tokens are left out")
-    contrast = UnsupervisedConfig(
-        steps=options["steps"], batch=options["batch"], queue=options["queue"], lr=options["lr"], seed=options["seed"]
-    )
     unfinished = out.with_name(f"{out.name}.unfinished")
     began = time.perf_counter()
     history = train_unsupervised(encoder, data, contrast, out=unfinished, checkpoint_every=200)
@@ -238,7 +246,7 @@ def _draw(path: Path, scores: Mapping[str, Scores], title: str) -> None:
     axes.set_ylim(0, 1)
     axes.set_xlabel("documents looked at")
     axes.set_ylabel("recall")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(as_written(title), fontsize=10)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)

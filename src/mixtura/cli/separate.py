@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from mixtura.cli.default_command import DefaultGroup
+from mixtura.cli.plain import plain_console
 from mixtura.cli.separate_train import train
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
@@ -93,7 +93,7 @@ def separate(
 
     To teach a separator your own sounds: mixtura separate train --help
     """
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
@@ -118,6 +118,7 @@ def separate(
         raise ValueError(f"{out} exists and is not a directory")
     _check_settings(threshold, seconds)
     _check_names(recordings, queries)
+    _check_kept(recordings, queries, out, format.value, picture)
     settings = {
         "queries": queries,
         "mask": mask.value,
@@ -150,7 +151,7 @@ def separate(
             if len(recordings) == 1:
                 raise
             failed += 1
-            Console(stderr=True, highlight=False).print(f"error {error}", soft_wrap=True, markup=False)
+            plain_console(stderr=True).print(f"error {error}", soft_wrap=True, markup=False)
     if failed:
         raise ValueError(f"{failed} of {len(recordings)} recordings could not be separated; the others are written")
 
@@ -208,7 +209,7 @@ def _summary(queries: list[str], written: FileStems) -> Table:
     table.add_column("  stem")
     table.add_column("level", justify="right")
     for name, level in zip([*queries, "rest"], written.levels, strict=True):
-        decibels = 20 * math.log10(max(level, 1e-9) / written.mixture)
+        decibels = 20 * math.log10(max(level / written.mixture, 1e-9))
         quiet = "  (hardly any of it was found)" if decibels < -30 and name != "rest" else ""
         table.add_row(f"  {name}", f"{decibels:+.1f} dB{quiet}")
     return table
@@ -242,6 +243,15 @@ def _check_names(recordings: list[Path], queries: list[str]) -> None:
     for text in (*queries, "rest"):
         if (same := slugs.setdefault(_slug(text), text)) != text or (text == "rest" and "rest" in queries):
             raise ValueError(f"the queries {same!r} and {text!r} would write the same file")
+
+
+def _check_kept(recordings: list[Path], queries: list[str], out: Path, kind: str, picture: bool) -> None:
+    """No recording may be written over by the stems of another."""
+    given = {path.resolve(): path for path in recordings}
+    for path in recordings:
+        for place in _places(out, path, queries, kind, picture):
+            if (lost := given.get(place.resolve())) is not None:
+                raise ValueError(f"a stem of {path} would be written over {lost}; give another --out directory")
 
 
 def _facts(found: Recording, settings: dict[str, Any]) -> dict[str, Any]:

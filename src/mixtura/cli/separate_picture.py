@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mixtura.core.page import new_figure, save_figure
+from mixtura.core.page import as_written, new_figure, save_figure
 from mixtura.core.spectrum import band_positions
 
 __all__ = ["draw"]
@@ -51,7 +51,7 @@ def draw(
             cmap="magma",
         )
         ax.set_yticks(np.interp(ticks, hertz, np.arange(separator.bands)), [f"{hz:,}" for hz in ticks], fontsize=7)
-        ax.set_title(title, fontsize=9, loc="left")
+        ax.set_title(as_written(title), fontsize=9, loc="left")
     axes[-1].set_xlabel("minutes" if minutes else "seconds", fontsize=9)
     figure.supylabel("Hz", fontsize=9)
     figure.colorbar(image, ax=list(axes), label="dB below the loudest of the mixture", shrink=0.6)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+
+from mixtura.cli.plain import plain_console
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
     from collections.abc import Callable
@@ -89,9 +90,10 @@ def train(
     import shutil
 
     from mixtura.audio.separate import ready
-    from mixtura.cli.checks import check_device
+    from mixtura.audio.separate.query import META
+    from mixtura.cli.checks import check_device, check_writable
 
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
@@ -99,8 +101,7 @@ def train(
     check_device(device)
     if steps < 1 or phrases < 1:
         raise ValueError(f"--steps and --phrases must be at least 1, got {steps} and {phrases}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} exists and is not a directory")
+    check_writable(out, [str(path) for path in (captions, listed, audio, frames, encoder) if path], mark=META)
     if captions is not None and listed is not None:
         raise ValueError("--captions and --videos both say what to train on; give one of them")
     if (frames is None) != (encoder is None) or (frames is not None and listed is None):

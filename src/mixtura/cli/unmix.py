@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -14,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mixtura.cli.plain import plain_console
 from mixtura.cli.unmix_report import Maps, listed, report_lines, spoiled_channels, write_tables
 
 if TYPE_CHECKING:  # heavy, and `--help` needs none of it
@@ -26,6 +28,10 @@ if TYPE_CHECKING:  # heavy, and `--help` needs none of it
 __all__ = ["add_to"]
 
 REPORT = "report.md"
+# What a directory may hold and be replaced: all that is written here, and nothing else.
+WRITTEN = re.compile(
+    r"(abundances|guidance)\.(npy|tif(\.aux\.xml)?)|(endmembers|channels)\.csv|(material-\d+|guidance|unmixed)\.png|report\.md"
+)
 LARGEST_PICTURE = 1024  # pixels a side of a map
 
 
@@ -110,7 +116,7 @@ def unmix(
 
         mixtura unmix reflectance.npy --endmembers 5 --lam 0.1 --sample 200000
     """
-    console = Console(highlight=False)
+    console = plain_console()
 
     def say(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False)
@@ -179,7 +185,7 @@ def _places(cubes: list[Path], out: Path | None) -> dict[Path, Path]:
             raise ValueError(f"two cubes are named {path.stem} and would share {place}; unmix them one by one")
         if place.is_file():
             raise ValueError(f"{place} is a file; give a directory to write")
-        if place.is_dir() and any(place.iterdir()) and not (place / REPORT).exists():
+        if place.is_dir() and any(not WRITTEN.fullmatch(entry.name) for entry in place.iterdir()):
             raise ValueError(f"{place} holds other files, which would be lost; name a new directory")
         places[path] = place
     return places
@@ -242,8 +248,10 @@ def _surveyed(cube: Cube, choices: Choices, say: Any) -> tuple[Cube, Survey]:
         seen = survey(cube, sample=choices.sample, seed=seed)
     if seen.broken:
         if not choices.skip_bad:
+            nothing = f" or {cube.ignore:g}, which stands for no data" if cube.ignore else ""
+            where = _channels(seen.broken_channels > 0)
             raise ValueError(
-                f"{cube.name}: {_count(seen.broken, 'pixel')} NaN or infinite, in {_channels(seen.broken_channels > 0)}; "
+                f"{cube.name}: {_count(seen.broken, 'pixel')} NaN or infinite{nothing}, in {where}; "
                 "--skip-bad leaves them out"
             )
         say(f"{seen.broken:,} pixels with NaN or infinity are left out")

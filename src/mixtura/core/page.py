@@ -2,13 +2,14 @@
 
 import html
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mixtura.core.checkpoint import atomic_file
 
-__all__ = ["check_picture", "figure_html", "new_figure", "save_figure", "table_html", "write_page"]
+__all__ = ["as_written", "check_picture", "figure_html", "new_figure", "save_figure", "table_html", "write_page"]
 
 PICTURES = (".png", ".svg", ".pdf")
 
@@ -38,6 +39,16 @@ def new_figure(width: float = 9.0, height: float = 4.0) -> Any:
     return figure
 
 
+def as_written(text: str) -> str:
+    """A name for a figure's text; two dollar signs in it would set what is between them as mathematics, or fail to.
+
+    Example:
+        >>> print(as_written("from $5 to $10"))
+        from \\$5 to \\$10
+    """
+    return text.replace("$", r"\$")
+
+
 def figure_html(figure: Any, caption: str) -> str:
     """A figure as inline SVG with a caption, which a screen reader is given as well."""
     buffer = io.StringIO()
@@ -57,7 +68,9 @@ def check_picture(path: Path, option: str) -> None:
 
 def save_figure(figure: Any, path: Path) -> None:
     """Write a figure as the suffix of ``path`` says; whole or not at all."""
-    with atomic_file(path) as beside:
+    with atomic_file(path) as beside, warnings.catch_warnings():
+        # Names in scripts that the font lacks are boxes in the picture; a line for every such letter helps nobody.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .*missing from font")
         figure.savefig(beside, dpi=140, format=path.suffix.lower().removeprefix("."))
 
 

@@ -8,6 +8,7 @@ Shapes: N images, B a batch, (channels, side, side), uint8.
 """
 
 import logging
+import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -121,28 +122,31 @@ def image_folder(
         root: holds a folder for each class, in which images may lie at any depth, or images without classes.
         classes: ``"folders"`` makes each folder of ``root`` a class, ``"none"`` ignores folders, ``"auto"`` takes classes where
             all images lie in folders. Images beside class folders belong to none and are left out (``"folders"``).
-        exclude: names of folders of ``root`` to pass over.
-        on_problem: called for every file that is no image by its name. Hidden files are passed over in silence.
+        exclude: names of folders of ``root`` to pass over; each must be there.
+        on_problem: called for every file that is no image by its name, and for links that lead nowhere or back to where they
+            are. Links to folders are followed. Hidden files are passed over in silence.
     Raises:
         FileNotFoundError: no such folder.
-        ValueError: it is a file, it holds no image, or ``"folders"`` finds none.
+        ValueError: it is a file, it holds no image, ``"folders"`` finds none, or ``exclude`` names what is not there.
     """
     root = Path(root)
     if not root.exists():
         raise FileNotFoundError(f"{root} does not exist")
     if not root.is_dir():
         raise ValueError(f"{root} is a file; give the folder that holds the images")
+    if absent := [name for name in exclude if not (root / name).exists()]:
+        raise ValueError(f"exclude names {absent[0]!r}, and {root} holds no such folder")
     files: list[Path] = []
-    for path in sorted(root.rglob("*")):
-        inside = path.relative_to(root).parts
-        if any(part.startswith(".") for part in inside) or inside[0] in exclude or path.is_dir():
-            continue
-        if path.suffix.lower() in SUFFIXES:
+    for path in sorted(_files_below(root, exclude, (root.resolve(),), on_problem)):
+        if path.suffix.lower() not in SUFFIXES:
+            on_problem(Problem(path, f"is no image by its name ({path.suffix or 'no suffix'})"))
+        elif path.is_file():
             files.append(path)
         else:
-            on_problem(Problem(path, f"is no image by its name ({path.suffix or 'no suffix'})"))
+            on_problem(Problem(path, "is a link to nothing" if path.is_symlink() else "is no file"))
     if not files:
-        raise ValueError(f"{root} holds no image; images end in {', '.join(SUFFIXES)}")
+        but = f" beside {', '.join(exclude)}" if exclude else ""
+        raise ValueError(f"{root} holds no image{but}; images end in {', '.join(SUFFIXES)}")
     loose = [path for path in files if path.parent == root]
     if classes == "none" or (classes == "auto" and loose):
         return ImageFolder(root, tuple(files), np.full(len(files), -1))
@@ -159,6 +163,27 @@ def image_folder(
     return ImageFolder(root, tuple(files), np.array([number[name] for name in of]), names)
 
 
+def _files_below(
+    folder: Path, exclude: Sequence[str], above: tuple[Path, ...], on_problem: OnProblem
+) -> Iterator[Path]:
+    """All that is no folder, hidden things aside; ``above`` are the folders that hold this one, and itself, without links."""
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        on_problem(Problem(folder, f"can not be read ({error.strerror})"))
+        return
+    for name in names:
+        path = folder / name
+        if name.startswith(".") or name in exclude:
+            continue
+        if not path.is_dir():
+            yield path
+        elif (real := path.resolve()) in above:
+            on_problem(Problem(path, "is a link to a folder that holds it"))
+        else:
+            yield from _files_below(path, (), (*above, real), on_problem)
+
+
 def image_list(path: str | Path, root: str | Path | None = None) -> ImageFolder:
     """Images named in a text file, one ``path label`` a line, the form in which benchmarks give their splits.
 
@@ -172,7 +197,7 @@ def image_list(path: str | Path, root: str | Path | None = None) -> ImageFolder:
     path = Path(path)
     root = path.parent if root is None else Path(root)
     files, labels = [], []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
         if not line.strip():
             continue
         head, _, tail = line.strip().rpartition(" ")
@@ -340,8 +365,8 @@ def _eight_bits(image: Any, problem: Problem, on_problem: OnProblem) -> Any:
         low, high = (0.0, 65535.0) if sixteen else (float(values.min()), float(values.max()))
         if not np.isfinite([low, high]).all():
             raise BadImage("holds NaN or infinite pixels")
-        bits = "16 bits" if sixteen else "32 bits, black and white set to its least and largest value,"
-        on_problem(replace(problem, what=f"has {bits} a pixel; rounded to 8"))
+        scale = "" if sixteen else ", from its least value as black to its largest as white"
+        on_problem(replace(problem, what=f"has {16 if sixteen else 32} bits a pixel; rounded to 8{scale}"))
         return Image.fromarray(np.round((values - low) * (255 / max(high - low, 1e-300))).astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")

@@ -71,15 +71,21 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.arch not in ARCHITECTURES:
             raise ValueError(f"arch must be one of {list(ARCHITECTURES)}, got {self.arch!r}")
-        for name in ("side", "width", "depth", "epochs"):
+        for name in ("side", "width", "depth", "epochs", "stride"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (batch norm needs two images), got {self.batch_size}")
         if not 0 < self.held_out < 1:
             raise ValueError(f"held_out must be between 0 and 1, got {self.held_out}")
+        if not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
         if not 0 <= self.shift < 1:
             raise ValueError(f"shift must be at least 0 and below 1, got {self.shift}")
+        if self.arch == "wavelet-mixer" and self.width % 4:
+            raise ValueError(f"width must be divisible by 4, got {self.width}; the block reduces it to a quarter")
+        if self.arch == "wavelet-mixer" and not 1 <= self.levels <= 4:
+            raise ValueError(f"levels must be 1 to 4, got {self.levels}")
         if self.arch == "wavelet-mixer" and self.side // self.stride**2 < 2**self.levels:
             least = self.stride**2 * 2**self.levels
             raise ValueError(

@@ -52,6 +52,27 @@ def test_the_header_tells_wavelengths_bad_bands_and_what_is_no_data(tmp_path, da
     assert np.flatnonzero(~held).tolist() == [2 * 5 + 3]
 
 
+def test_a_pixel_that_lacks_data_in_one_channel_is_broken_and_not_negative(scene):
+    data = scene.cube.copy()
+    data[3, 4, 7] = -9999
+    data[5, 5] = -9999
+    seen = survey(Cube(data, ignore=-9999.0), sample=10_000)
+    assert (seen.pixels, seen.empty, seen.broken, seen.negative) == (48 * 40 - 2, 1, 1, 0)
+    assert np.flatnonzero(seen.broken_channels).tolist() == [7]
+    data[data == -9999] = 0  # what blank channels hold as well, so it breaks no pixel
+    seen = survey(Cube(data, ignore=0.0), sample=10_000)
+    assert (seen.pixels, seen.empty, seen.broken) == (48 * 40 - 1, 1, 0)
+
+
+def test_a_header_in_latin_1_is_read(tmp_path, data):
+    path = written(tmp_path / "c.hdr", data, metadata={"wavelength": [str(v) for v in range(6)]})
+    text = path.read_text() + "sensor temperature = { 21.5 °C }\n"
+    path.write_text(text, encoding="latin-1")
+    cube = read_cube(path)
+    np.testing.assert_array_equal(cube.data, data)
+    assert cube.meta["sensor temperature"] == ["21.5 °C"]
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -80,7 +80,7 @@ def read_captions(path: Path, audio: Path) -> list[Sound]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     rows: list[Sound] = []
-    with path.open(newline="", encoding="utf-8") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin with a mark
         reader = csv.DictReader(file)
         if not {"file", "text"} <= set(reader.fieldnames or ()):
             raise ValueError(

@@ -26,7 +26,7 @@ CARRIED = {".git", ".hg", ".svn", "__pycache__", "node_modules"}
 
 
 class NotText(ValueError):
-    """A file that holds no UTF-8 text."""
+    """A file that holds no text in UTF-8, nor in UTF-16 with its mark."""
 
 
 class Unreadable(Exception):
@@ -173,17 +173,19 @@ def _of_file(path: Path, name: str) -> Document:
 
 
 def _pieces(path: Path) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    first = True
     with path.open("rb") as handle:
+        head = handle.read(8192)
+        handle.seek(0)
+        # Windows writes UTF-16, which says so in its first two bytes; with two zeros behind them it is UTF-32.
+        wide = head[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) and head[2:4] != b"\0\0"
+        if b"\0" in head and not wide:
+            raise NotText(f"{path} is a binary file")
+        decoder = codecs.getincrementaldecoder("utf-16" if wide else "utf-8-sig")()
         while raw := handle.read(PIECE):
-            if first and b"\0" in raw[:8192]:
-                raise NotText(f"{path} is a binary file")
-            first = False
             try:
                 yield decoder.decode(raw).replace("\r\n", "\n")
             except UnicodeDecodeError as error:
-                raise NotText(f"{path} is not UTF-8 text ({error.reason})") from error
+                raise NotText(f"{path} is not {'UTF-16' if wide else 'UTF-8'} text ({error.reason})") from error
     try:
         yield decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ Shapes: H rows, W columns, L channels.
 from __future__ import annotations
 
 import mmap
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -86,7 +87,8 @@ class Cube:
     def blocks(self) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """Rows in turn: which ones, their pixels (P, L) in float32, and which of those hold data, (P,).
 
-        A pixel without data has the ignored value in all of its channels.
+        A pixel without data has the ignored value in all of its channels. In some of them it is NaN, for a pixel that is known
+        in part is of no use; but a 0 there, though "ignored", is what a blank channel reads.
         """
         h, _, channels = self.shape
         step = self.rows_a_block()
@@ -95,6 +97,8 @@ class Cube:
             raw = np.asarray(self.data[rows]).reshape(-1, channels)
             held = _held(raw, self.ignore)
             y_PL = np.array(raw, dtype=np.float32, order="C")
+            if self.ignore:
+                y_PL[(raw == self.ignore) & held[:, None]] = np.nan
             if self.dead is not None:
                 y_PL[:, self.dead] = 0
             yield rows, y_PL, held
@@ -160,10 +164,10 @@ def _forget(data: Any) -> None:
 def _envi(path: Path) -> Cube:
     from spectral.io.envi import read_envi_header
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as spare:
         warnings.simplefilter("ignore")
         try:
-            header = read_envi_header(str(path))
+            header = read_envi_header(str(_in_utf8(path, Path(spare))))
         except Exception as error:  # the package has its own kinds, and a parser's IndexError among them
             raise ValueError(
                 f"{path} is no ENVI header ({' '.join(str(error).split()) or type(error).__name__})"
@@ -206,6 +210,18 @@ def _envi(path: Path) -> Cube:
         path.name,
         place=place_of(raw) if "map info" in header else None,
     )
+
+
+def _in_utf8(path: Path, spare: Path) -> Path:
+    """A header in an encoding that the package reads: instruments write degrees and micrometres in Latin-1."""
+    raw = path.read_bytes()
+    try:
+        raw.decode("utf-8")
+    except UnicodeDecodeError:
+        if b"\0" not in raw:
+            (copy := spare / path.name).write_text(raw.decode("latin-1"), encoding="utf-8")
+            return copy
+    return path
 
 
 def _raw_file(path: Path) -> Path:
