@@ -234,11 +234,24 @@ def test_parameter_counts_of_the_papers_small_models():
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"block": "parallel", "norm_placement": "after"}, "norm_placement='before' only"),
         ({"attention": "mixture", "attention_routing": "top2"}, "attention_experts >= 2"),
+        ({"hidden_size": 36}, r"head_dim must be even \(positions turn pairs of its coordinates\), got 9"),
+        ({"hidden_act": "gleu"}, "hidden_act must be one of .*'silu'.*, got 'gleu'"),
+        ({"num_experts": 4, "dense_layers": [2]}, r"dense_layers must lie in 0\.\.1, got \[2\]"),
+        ({"no_rope_layers": [-1]}, r"no_rope_layers must lie in 0\.\.1, got \[-1\]"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         MixturaConfig(**SHAPE | parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_that_the_grouped_product_refuses_are_computed_by_the_loop(dtype):
+    net = model(num_experts=4, hidden_size=36, num_attention_heads=2, moe_intermediate_size=10).to(dtype)
+    net(TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert net.get_experts_implementation()[""] == "eager"
+    assert model(num_experts=4).get_experts_implementation()[""] == "grouped_mm"
 
 
 def test_half_precision_keeps_its_dtype_and_stays_near():

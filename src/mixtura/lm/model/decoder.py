@@ -88,6 +88,14 @@ class MixturaPreTrainedModel(PreTrainedModel):
         "attentions": OutputRecorder(_AttentionCore, index=1),
     }
 
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """What is asked for; where nothing is, the plain loop for widths that torch's grouped product refuses."""
+        # It wants rows of whole 16 bytes; multiples of 8 have them in 16-bit floats too, which autocast may make of float32.
+        odd = self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8
+        return super().get_correct_experts_implementation(
+            "eager" if requested_experts is None and odd else requested_experts
+        )
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
