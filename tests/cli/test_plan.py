@@ -85,6 +85,7 @@ def test_loads_are_recorded_from_a_checkpoint_and_read_again(config, tmp_path):
         (["--memory", "0"], "--memory must be > 0"),
         (["--record", "x.safetensors"], "--record keeps the loads that --text makes"),
         (["--out", "x.txt"], "--out must end in .json"),
+        (["--loads", __file__], "is no trace of loads, which is a safetensors file"),
         (["--text", "."], "give its directory, not a config"),
     ],
 )
