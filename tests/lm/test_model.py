@@ -100,6 +100,22 @@ def test_padding_on_the_left_changes_nothing(name):
     torch.testing.assert_close(got, net(TOKENS).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("router", ["linear", "sparsity"])
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_takes_no_place_of_an_expert_with_a_limit(training, router):
+    limits = {"capacity_factor": 0.7, "eval_capacity_factor": 0.7, "min_capacity": 1, "capacity_policy": "prefix"}
+    net = model(num_experts=4, router=router, **limits).train(training)
+    row = TOKENS[:1]  # of several rows the first would take places of the others
+    padded = F.pad(row, (9, 0), value=0)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = net(padded, attention_mask=mask, position_ids=positions).logits[:, 9:]
+    want = net(row).logits
+    torch.testing.assert_close(got, want, **CLOSE)
+    unlimited = model(num_experts=4, router=router).train(training)
+    assert not torch.allclose(unlimited(row).logits, want, **CLOSE)  # the limit is felt
+
+
 def test_generate_continues_with_the_likeliest_tokens():
     net = model(**PARTS["attention experts"])
     got = net.generate(TOKENS, max_new_tokens=5, do_sample=False, eos_token_id=None)

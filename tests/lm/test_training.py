@@ -149,7 +149,7 @@ def test_gradient_checkpointing_changes_no_loss_and_no_gradient(moe):
     found = []
     for checkpointed in (False, True):
         if checkpointed:
-            model.gradient_checkpointing_enable()
+            model.activation_checkpointing_enable()
         model.train().zero_grad(set_to_none=True)
         language_loss(model, ids, balance=0.5, z=0.1).backward()
         found.append({name: p.grad for name, p in model.named_parameters()})
