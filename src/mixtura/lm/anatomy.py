@@ -205,10 +205,7 @@ def _attach(block: MoEBlock, change: Change, hooks: ExitStack) -> None:
     def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, indices, weights = _arguments(args, kwargs)
         scored = logits.pop()
-        # Under gradient checkpointing a layer is computed again without these hooks: what they save must not be counted.
-        with torch.autograd.graph.saved_tensors_hooks(_as_it_is, _as_it_is):
-            probs = scored.float().softmax(-1)
-        routing = Routing(weights=weights, indices=indices, logits=scored, probs=probs)
+        routing = Routing(weights=weights, indices=indices, logits=scored, probs=scored.float().softmax(-1))
         new_weights, new_indices = change(block, routing)
         if new_indices.shape[-1] == 1 and not _is_marked(module):
             # LongCat's experts squeeze a single column away; the same expert again with weight 0 changes nothing.
@@ -218,10 +215,6 @@ def _attach(block: MoEBlock, change: Change, hooks: ExitStack) -> None:
 
     hooks.callback(block.gate.register_forward_hook(after_gate).remove)
     hooks.callback(block.experts.register_forward_pre_hook(before_experts, with_kwargs=True).remove)
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _why_none(model: Any) -> str:

@@ -57,7 +57,8 @@ class MixturaConfig(PreTrainedConfig):
             units on it (MoE-X; with ``hidden_act="relu"`` it means that exactly). Its scores are bounded, so they get no z loss.
         router_statistics: of the sparsity router; see :mod:`mixtura.core.sparsity_gate`.
         capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
-            training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
+            training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert; padding that an
+            attention mask marks takes no place.
         min_capacity: places that every expert has.
         capacity_policy, capacity_groups: which tokens stay in training: ``random`` ones, the first (``prefix``), the first of
             each of so many spans (``group``) or those with the largest gates (``probs``). In evaluation the first stay.

@@ -120,7 +120,7 @@ class MixturaRouter(nn.Module):
         routing = self._limited(top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob), tokens)
         return logits_TE, routing.weights.to(x.dtype), routing.indices
 
-    def _limited(self, routing: Routing, tokens: Tensor | None) -> Routing:
+    def _limited(self, routing: Routing, tokens: Tensor | None = None) -> Routing:
         """The routing with the pairs over an expert's capacity left out."""
         factor = self.capacity_factors[0 if self.training else 1]
         if not factor:
@@ -287,12 +287,13 @@ class ExpertsBlock(nn.Module):
     def forward(self, hidden_states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """(B, L, D) -> (B, L, D); ``tokens`` (B, L) is false at padding, which takes no place of a limited expert."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        padded = {} if tokens is None else {"tokens": tokens}  # any gate(x) will do where nothing is padded
         if isinstance(self.gate, SparsityRouter):
             own = getattr(self.experts, "local_experts", self.experts)  # of a model spread over processes
             gather = getattr(self.experts, "gathered_statistics", None)
-            _, weights_TK, indices_TK = self.gate(x_TD, *inner_weights(own), gather=gather, tokens=tokens)
+            _, weights_TK, indices_TK = self.gate(x_TD, *inner_weights(own), gather=gather, **padded)
         else:
-            _, weights_TK, indices_TK = self.gate(x_TD, tokens=tokens)
+            _, weights_TK, indices_TK = self.gate(x_TD, **padded)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)
