@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from test_cli import here  # noqa: F401 (a fixture)
 
+from mixtura.cli.added_columns import check_places
 from mixtura.density import AdjustedSDPClustering, GaussianMixture
 
 
@@ -52,7 +53,9 @@ def test_labels_name_the_clusters_and_hold(here, table, tmp_path):  # noqa: F811
     assert (found["cluster"] == table["truth"]).mean() > 0.98
     some = table["kind"] != ""
     assert (found["cluster"][some] == table["kind"][some]).all()
-    assert GaussianMixture.load(tmp_path / "kept").n_components == 3
+    kept = GaussianMixture.load(tmp_path / "kept")
+    assert kept.n_components == 3 and kept.feature_names_in_.tolist() == ["length", "mass"]
+    assert kept.predict(table[["length", "mass"]]).shape == (240,)
 
 
 def test_known_classes_leave_room_for_new_ones(here, table, tmp_path):  # noqa: F811
@@ -131,6 +134,14 @@ def test_help_teaches_with_examples_and_is_quick(here, tmp_path):  # noqa: F811
         (["t.csv", "--out", "t.csv"], "is also the table that is read"),
         (["t.csv", "--out", "t.xlsx"], "--out must end in .csv, .tsv or .parquet"),
         (["t.csv", "--plot", "t.gif"], "--plot must end in .png, .svg or .pdf"),
+        (["t.csv", "--out", "gap.csv/o.csv"], "gap.csv is a file, not a directory"),
+        (["t.csv", "--out", "kept.csv"], "--out kept.csv is a directory; name a file"),
+        (["t.csv", "--save", "kept.csv"], "kept.csv is a directory with other files in it (notes.txt)"),
+        (["t.csv", "--save", "gap.csv"], "gap.csv exists and is not a directory"),
+        (["t.csv", "--save", "t-clusters.csv"], "--save t-clusters.csv is also a table"),
+        (["t.csv", "--save", "t.csv"], "--save t.csv is also a table"),
+        (["wide.csv", "--components", "2"], "column 'b' has values from -1e+200 to 1e+200"),
+        (["void.csv", "--missing", "--components", "2"], "column 'b' holds no value at all"),
         (["cut.csv"], "ends in the middle of a line"),
         (["gap.csv"], "1 missing (NaN) values, the first in row 1, column 'b'"),
         (["gap.csv"], "--missing takes empty fields as missing values"),
@@ -150,9 +161,19 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(arguments, message, here
     (tmp_path / "cut.csv").write_text("a,b\n1,2\n3")
     (tmp_path / "gap.csv").write_text("a,b\n1,2\n3,\n4,5\n")
     (tmp_path / "full.csv").write_text("a,b,c\n1.5,2,0\n3,4,1\n4,5,0\n")
-    before = {path: path.read_bytes() for path in Path(tmp_path).iterdir()}
+    (tmp_path / "wide.csv").write_text("a,b\n1,1e200\n3,-1e200\n4,5\n")
+    (tmp_path / "void.csv").write_text("a,b\n1,\n3,\n4,\n")
+    (tmp_path / "kept.csv").mkdir()
+    (tmp_path / "kept.csv" / "notes.txt").write_text("of a person")
+    before = {path: path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file()}
     done = here("cluster", *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stdout
     assert message in " ".join(done.stderr.split())
     assert done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in Path(tmp_path).iterdir()} == before
+    assert {path: path.read_bytes() for path in Path(tmp_path).rglob("*") if path.is_file()} == before
+
+
+def test_a_place_that_may_not_be_written_to_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda place, mode: Path(place) != tmp_path)
+    with pytest.raises(ValueError, match=f"--plot .* cannot be written: {tmp_path} may not be written to"):
+        check_places(tmp_path / "t.csv", Path("o.csv"), tmp_path / "new" / "p.png")

@@ -36,7 +36,14 @@ def test_a_table_gets_the_class_of_every_row_a_summary_and_a_picture(here, table
     assert found.groupby("class")["class"].size().min() > 50
     assert pd.crosstab(found["class"], table["truth"]).max(axis=1).sum() > 315
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    assert CategoryDiscovery.load(tmp_path / "kept").n_novel_ == 2
+    kept = CategoryDiscovery.load(tmp_path / "kept")
+    assert kept.n_novel_ == 2
+    # The saved model takes the table's own units, though it was fitted to columns of variance 1.
+    names = np.array(["ant", "bee", "new 1", "new 2"])[
+        np.searchsorted(kept.classes_, kept.predict(table[["length", "mass"]].to_numpy()))
+    ]
+    assert (names[~told] == found["class"][~told]).all()
+    assert np.ptp(kept.prototypes_[:, 1]) > 8000
 
 
 def test_embeddings_come_from_npz_and_npy_and_give_the_same_classes(here, table, tmp_path):  # noqa: F811

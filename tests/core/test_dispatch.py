@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mixtura.core.dispatch import BACKENDS, ExpertStack, dispatch, experts_forward, gated, why_not
+from mixtura.core.dispatch import ExpertStack, dispatch, experts_forward, gated, why_not
 
+ON_CPU = ["grouped", "loop"]  # test_gpu_dispatch.py has the third
 TIGHT = {"rtol": 1e-10, "atol": 1e-12}  # float64: a few hundred additions in another order
 
 
@@ -74,7 +75,7 @@ def everything(case: dict, forward) -> dict[str, Tensor]:
 SHAPES = [(7, 5, 3, 4, 2), (1, 3, 2, 5, 5), (0, 3, 2, 4, 2), (13, 8, 1, 3, 1), (40, 6, 8, 2, 2), (9, 1, 7, 16, 3)]
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 @pytest.mark.parametrize(("has_gate", "bias", "sentinels"), list(itertools.product([True, False], repeat=3)))
 @pytest.mark.parametrize("shape", SHAPES)
 def test_experts_match_a_comprehension_over_tokens_in_output_and_every_gradient(
@@ -155,14 +156,14 @@ def test_the_names_of_experts_do_not_matter():
     torch.testing.assert_close(by_backend(renamed, "grouped"), by_backend(case, "grouped"), **TIGHT)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_one_expert_with_weight_one_is_a_feed_forward_layer(backend):
     case = random_case(6, 4, 3, 1, 1) | {"weights": torch.ones(6, 1).double()}
     gate, up = (case["x"] @ case["up"][0].T).chunk(2, -1)
     torch.testing.assert_close(by_backend(case, backend), (F.silu(gate) * up) @ case["down"][0].T, **TIGHT)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_a_sentinel_adds_nothing_even_where_weights_are_not_finite(backend):
     case = random_case(5, 4, 3, 3, 2)
     case["indices"][0] = 3
@@ -221,7 +222,7 @@ def test_arguments_that_do_not_fit_are_named(change, message):
 
 def test_unknown_words_list_the_known_ones():
     case = random_case(2, 4, 3, 3, 1)
-    with pytest.raises(ValueError, match=r"backend must be one of \['grouped', 'loop'\], got 'fast'"):
+    with pytest.raises(ValueError, match=r"backend must be one of \['grouped', 'loop', 'triton'\], got 'fast'"):
         by_backend(case, "fast")
     with pytest.raises(ValueError, match=r"activation must be one of \['gelu', .*got 'swish'"):
         experts_forward(case["x"], case["up"], case["down"], case["indices"], case["weights"], activation="swish")

@@ -106,3 +106,19 @@ def test_another_class_and_an_empty_directory_are_named(tmp_path):
 def test_models_names_for_saving_are_the_same_directory(tmp_path):
     Kept(3).save_pretrained(tmp_path / "e")
     assert Kept.load(tmp_path / "e").value == Kept.from_pretrained(tmp_path / "e").value == 3
+
+
+def test_saving_replaces_a_saved_estimator_and_nothing_else(tmp_path):
+    Kept(1).save(tmp_path / "e")
+    Kept(2).save(tmp_path / "e")
+    (tmp_path / "empty").mkdir()
+    Kept(2).save(tmp_path / "empty")
+    assert Kept.load(tmp_path / "e").value == Kept.load(tmp_path / "empty").value == 2
+    (tmp_path / "e" / "notes.txt").write_text("of a person")
+    (tmp_path / "file").write_text("of a person")
+    with pytest.raises(ValueError, match=r"e is a directory with other files in it \(notes.txt\)"):
+        Kept(3).save(tmp_path / "e")
+    with pytest.raises(ValueError, match="file exists and is not a directory"):
+        Kept(3).save(tmp_path / "file")
+    assert (tmp_path / "e" / "notes.txt").read_text() == (tmp_path / "file").read_text() == "of a person"
+    assert Kept.load(tmp_path / "e").value == 2

@@ -54,11 +54,64 @@ def test_numbers_and_booleans_become_a_matrix(write):
         ("a,b\n1,2\n3,", "ends in the middle of a line: the last one holds 1 of 2"),
         ('a,b\n1,"x\n3,4\n', "ends in the middle of a line: a quoted field is never closed"),
         ("a,b\n1,2\n3,4,5\n", "no regular table: Expected 2 fields in line 3, saw 3"),
+        # pandas alone takes the first field of each line for a row label, and b for what stands under c.
+        ("a,b\n1,2,3\n3,4,5\n", r"3 fields a line and only 2 names in its first line \(a, b\)"),
+        ("# of today\na,b\n1,2\n", r"2 fields a line and only 1 names in its first line \(# of today\)"),
     ],
 )
 def test_a_damaged_text_file_says_what_is_wrong(text, message, write):
     with pytest.raises(ValueError, match=message):
         read_table(write(text))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a;b;kind\n1.5;2;x\n-3.25;4;y\n",
+        "a;b;kind\n1,5;2;x\n-3,25;4;y\n",  # as a spreadsheet writes it where the decimal mark is a comma
+        "a\tb\tkind\n1.5\t2\tx\n-3.25\t4\ty\n",
+        '"a";"b";"kind"\r\n"1,5";"2";"x"\r\n"-3,25";"4";"y"\r\n',
+    ],
+)
+def test_fields_between_semicolons_or_tabs_and_decimal_commas_are_read(text, write):
+    table = read_table(write(text))
+    matrix, names = numbers(table, without=["kind"])
+    assert names == ["a", "b"] and table["kind"].tolist() == ["x", "y"]
+    np.testing.assert_array_equal(matrix, [[1.5, 2], [-3.25, 4]])
+
+
+def test_a_comma_in_a_quoted_name_does_not_separate(write):
+    assert read_table(write('"a, in m";b\n1;2\n3;4\n')).columns.tolist() == ["a, in m", "b"]
+
+
+def test_a_semicolon_table_that_is_cut_off_says_so(write):
+    with pytest.raises(ValueError, match="ends in the middle of a line: the last one holds 1 of 2"):
+        read_table(write("a;b\n1;2\n3"))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_numbers_of_the_rows_are_no_measurement(first, tmp_path, caplog):
+    table = TABLE.set_index(np.arange(3) + first)
+    table.to_csv(tmp_path / "t.csv")
+    matrix, names = numbers(read_table(tmp_path / "t.csv"), without=["kind"])
+    assert names == ["length", "count"] and matrix.shape == (3, 2)
+    assert "column 'Unnamed: 0' has no name and numbers the rows; it is left out" in caplog.text
+
+
+def test_a_nameless_column_of_other_numbers_stays(write):
+    assert numbers(read_table(write(",a\n0,1\n2,1\n")))[1] == ["Unnamed: 0", "a"]
+
+
+def test_a_separator_at_the_end_of_every_line_is_no_column(write, caplog):
+    matrix, names = numbers(read_table(write("a,b,\n1,2,\n3,4,\n")))
+    assert names == ["a", "b"] and np.isfinite(matrix).all()
+    assert "column 'Unnamed: 2' has no name and no value; it is left out" in caplog.text
+
+
+def test_a_column_of_dates_is_named_as_such():
+    table = pd.DataFrame({"day": pd.date_range("2020-01-01", periods=2), "a": [1.0, 2.0]})
+    with pytest.raises(ValueError, match=r"column 'day' is no column of numbers: it holds datetime64.*2020-01-01"):
+        numbers(table)
 
 
 def test_an_empty_last_field_of_a_finished_line_is_a_missing_value(write):

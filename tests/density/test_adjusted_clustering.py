@@ -147,7 +147,7 @@ def test_bad_input_is_named(options, message):
 def test_what_is_not_finite_or_has_no_width_is_named():
     X, _, _ = groups(30, 2, 2, apart=3.0, spread=1.0, seed=10)
     X[3, 1] = np.nan
-    with pytest.raises(ValueError, match=r"X must be finite: 1 missing \(NaN\) values, the first in row 3, column 1"):
+    with pytest.raises(ValueError, match=r"X contains 1 missing \(NaN\) values, the first in row 3, column 1"):
         AdjustedSDPClustering(2).fit(X)
     X[3, 1] = np.inf
     with pytest.raises(ValueError, match=r"1 infinite \(inf\) values, the first in row 3, column 1"):

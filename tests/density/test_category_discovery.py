@@ -168,7 +168,7 @@ def test_bad_arguments_are_named(options, y, message):
 def test_missing_values_are_counted_and_the_first_is_named():
     X = X0.copy()
     X[3, 1] = np.nan
-    with pytest.raises(ValueError, match=r"X must be finite: 1 missing \(NaN\) values, the first in row 3, column 1"):
+    with pytest.raises(ValueError, match=r"X contains 1 missing \(NaN\) values, the first in row 3, column 1"):
         CategoryDiscovery().fit(X, Y0)
     with pytest.raises(ValueError, match=r"held_out must be boolean of shape \(6,\)"):
         CategoryDiscovery(calibration="heldout").fit(X0, Y0, held_out=[0, 1])

@@ -199,6 +199,7 @@ class Broken(Quadratic):
         ({}, np.zeros((1, 2)), ValueError, "1 sample"),
         ({}, np.array([[0.0, 1.0], [1.0, 1.0]]), ValueError, "feature 1 is constant"),
         ({}, np.array([[0.0, np.nan], [1.0, 1.0]]), ValueError, "NaN"),
+        ({"device": "warp"}, None, ValueError, "device must be 'auto', 'cpu', 'cuda' or the like, got 'warp'"),
         ({"method": "mcmc"}, None, ValueError, "method must be one of"),
         ({"noise": "laplace"}, None, ValueError, "noise must be one of"),
         ({"noise": object()}, None, TypeError, "object has no sample and no log_prob"),

@@ -279,8 +279,9 @@ def test_derivatives_that_a_kernel_does_not_have_are_refused_and_doubtful_ones_w
         ({"max_frequency": (1.0, 2.0)}, "max_frequency must be one number or 1, one an axis, got 2"),
         ({"n_steps": -1}, "n_steps must be an integer >= 0, got -1"),
         ({"n_components": 1.5}, "n_components must be an integer >= 1, got 1.5"),
-        ({"jitter": 0.0}, "jitter must be > 0, got 0.0"),
-        ({"boundary_weight": -1.0}, "boundary_weight must be > 0, got -1.0"),
+        ({"jitter": 0.0}, "jitter must be a number > 0, got 0.0"),
+        ({"jitter": "small"}, "jitter must be a number > 0, got 'small'"),
+        ({"boundary_weight": -1.0}, "boundary_weight must be a number > 0, got -1.0"),
     ],
 )
 def test_a_parameter_out_of_range_is_named(options: dict, message: str):

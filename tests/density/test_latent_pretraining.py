@@ -298,3 +298,14 @@ def test_the_report_of_classes_knows_how_far_centres_are_apart():
     report = pretraining_report(truth.sample(1500, rng)[0], X, y, latent=latent)
     apart = min(np.linalg.norm(truth.means[i] - truth.means[j]) for i in range(4) for j in range(i))
     assert report.separation == pytest.approx(apart, rel=0.1) and report.recommended == "pretrained", str(report)
+
+
+@quiet
+@pytest.mark.parametrize("dtype", [object, "category", "string"])
+def test_classes_that_pandas_has_as_missing_count_as_unlabelled(dtype):
+    rng = np.random.default_rng(0)
+    kind = np.array(["ant", "bee"])[np.arange(40) % 2]
+    X = rng.normal(size=(40, 2)) + 6 * (kind == "bee")[:, None]
+    told = pd.Series(np.where(np.arange(40) < 10, kind, None), dtype=dtype)
+    model = PretrainedClassifier(n_latent=2).fit(X, told)
+    assert (model.n_, model.m_) == (10, 40) and (model.predict(X) == kind).all()

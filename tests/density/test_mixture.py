@@ -380,6 +380,7 @@ GOOD = np.arange(12.0).reshape(6, 2)
         (GOOD, None, [1, 1], "sample_weight has 2 entries and X has 6 samples"),
         (GOOD, None, [1, 1, 1, 1, -1, 1], r"sample_weight must be finite and >= 0, got -1\.0 at position 4"),
         (GOOD, None, np.zeros(6), "sample_weight is zero for every sample"),
+        (GOOD, None, [1, 0, 0, 0, 0, 2], "n_components=3 needs as many samples whose sample_weight is above 0, got 2"),
         (GOOD, None, np.ones((6, 1)), r"sample_weight must have shape \(samples,\), got \(6, 1\)"),
         (GOOD[:, 0], None, None, "Expected 2D array, got 1D array"),
         (pd.DataFrame({"a": [1.0, 2, 3], "kind": ["x", "y", "z"]}), None, None, "column 'kind' is no column of numbers: row 0"),

@@ -120,6 +120,7 @@ def test_a_file_is_read_and_solved(tmp_path):
         solver = { n_steps = 3, n_components = 6, max_frequency = 2 }
         """
     )
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as some editors save it, with a mark at the beginning
     problem = read_problem(file)
     assert problem.title == "reaction" and not problem.equation.linear
     model = SpectralProcessSolver(problem.equation, **problem.options)
@@ -165,6 +166,15 @@ def test_terms_of_a_file_are_the_equation_they_spell():
         ({"axis": [{"name": "x", "from": 1, "to": 0, "points": 9}]}, "axis 'x' must go upwards, got from 1 to 0"),
         ({"axis": [{"name": "x", "from": 0, "to": 1, "points": 9}] * 2}, "axes must have different names"),
         ({"axis": [{"name": "x", "from": 0, "to": 1, "points": 9, "step": 1}]}, "'step' in .*number 1 is not known"),
+        (
+            {"axis": [{"name": "x", "from": 0, "to": 1, "points": 10**9}]},
+            "points of axis 'x' must be at most 20,000, got 1,000,000,000",
+        ),
+        (
+            {"axis": [{"name": n, "from": 0, "to": 1, "points": 9000} for n in "xy"]},
+            "the grid has 9,000 x 9,000 points, and the solver takes at most 20,000,000",
+        ),
+        ({"truth": {"solution": "log(x)"}}, r"solution in \[truth\] is not finite everywhere on the grid: 'log\(x\)'"),
         ({"term": []}, r"\[\[term\]\] is missing: .* covered are sums of coefficient\(x\) \* u\^power"),
         ({"term": [{"integral": "x"}]}, r"'integral' in \[\[term\]\] number 1 is not covered; covered are sums"),
         ({"term": [{"derivative": {"x": 0.5}}]}, "order of x .* must be an integer >= 0, got 0.5; fractional"),

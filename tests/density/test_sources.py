@@ -204,3 +204,25 @@ def test_summaries_merge_to_the_whole_and_constants_stay_exact():
 def test_a_source_of_nothing_has_no_summary():
     assert scan(Batches([np.zeros((0, 2))]), None) is None
     assert scan(Arrays(np.zeros((0, 2))), None) is None
+
+
+def test_the_index_that_pandas_writes_into_parquet_is_no_feature(tmp_path):
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)), columns=["x", "y"])
+    kept = table[table["x"] > -1]  # its index is no longer 0, 1, 2, so pandas writes it as a column
+    kept.to_parquet(tmp_path / "kept.parquet")
+    model = fit(tmp_path / "kept.parquet")
+    assert model.feature_names_in_.tolist() == ["x", "y"]
+    np.testing.assert_allclose(model.means_, fit(kept).means_, rtol=1e-12)
+    table.set_index("y").to_parquet(tmp_path / "named.parquet")
+    assert fit(tmp_path / "named.parquet").feature_names_in_.tolist() == ["x"]
+
+
+def test_parquet_columns_in_another_order_than_in_the_fit_are_refused(tmp_path):
+    table = pd.DataFrame(np.random.default_rng(0).normal(size=(60, 2)) * [1, 9], columns=["x", "y"])
+    table[["y", "x"]].to_parquet(tmp_path / "turned.parquet")
+    with pytest.raises(
+        ValueError, match=r"should match those that were passed during fit: X has the columns \['y', 'x'\]"
+    ):
+        fit(table).predict(tmp_path / "turned.parquet")
+    table.to_parquet(tmp_path / "same.parquet")
+    np.testing.assert_array_equal(fit(table).predict(tmp_path / "same.parquet"), fit(table).predict(table))

@@ -68,6 +68,13 @@ class Job:
     y: np.ndarray | None
     classes: list[str]
 
+    @property
+    def frame(self) -> pd.DataFrame:
+        """X with its names, so that errors and the saved model have them."""
+        import pandas as pd
+
+        return pd.DataFrame(self.X, columns=self.names)
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the command of this module."""
@@ -138,7 +145,7 @@ def cluster(
         console.print(line, soft_wrap=True, markup=False)
 
     out = out or Path(f"{table.stem}-clusters.csv")
-    check_places(table, out, plot)
+    check_places(table, out, plot, save)
     n = _number(components, most)
     if method is MethodName.adjusted_sdp:
         _check_adjusted(context, n)
@@ -225,17 +232,17 @@ def _fit(job: Job, n: int | None, most: int, criterion: str, options: dict[str, 
     from mixtura.density import GaussianMixture, select_components
 
     if n is not None:
-        return GaussianMixture(n, **options).fit(job.X, job.y), None
+        return GaussianMixture(n, **options).fit(job.frame, job.y), None
     least = max(len(job.classes), 1)
     if most < least:
         raise ValueError(f"--max must be at least the number of classes, {least}, got {most}")
-    return select_components(job.X, range(least, most + 1), criterion, y=job.y, patience=PATIENCE, **options)
+    return select_components(job.frame, range(least, most + 1), criterion, y=job.y, patience=PATIENCE, **options)
 
 
 def _fit_adjusted(job: Job, n: int | None, options: dict[str, Any]) -> Any:
     from mixtura.density import AdjustedSDPClustering
 
-    return AdjustedSDPClustering(n, certify=len(job.X) <= CERTIFIED_ROWS, **options).fit(job.X)
+    return AdjustedSDPClustering(n, certify=len(job.X) <= CERTIFIED_ROWS, **options).fit(job.frame)
 
 
 def _certificate(model: Any) -> str:
@@ -254,7 +261,7 @@ def _titles(job: Job, model: Any) -> list[str]:
 
 def _write(out: Path, job: Job, model: Any) -> None:
     titles = _titles(job, model)
-    proba = model.predict_proba(job.X)
+    proba = model.predict_proba(job.frame)
     rows = range(len(proba))
     added = {"cluster": [titles[c] for c in model.labels_], "probability": proba[rows, model.labels_].round(6)}
     added |= {f"p({title})": proba[:, c].round(6) for c, title in enumerate(titles)}
@@ -269,7 +276,7 @@ def _summary(job: Job, model: Any) -> Table:
     for name in ("rows", "share", "sure", *job.names[:SHOWN_COLUMNS]):
         table.add_column(name, justify="right", overflow="fold")
     spread = np.sqrt(np.diagonal(model.gaussians_.full_covariances().numpy(), axis1=1, axis2=2))
-    proba = model.predict_proba(job.X)
+    proba = model.predict_proba(job.frame)
     for c, title in enumerate(_titles(job, model)):
         mine = model.labels_ == c
         sure = f"{proba[mine, c].mean():.2f}" if mine.any() else ""

@@ -101,7 +101,7 @@ def discover(
         console.print(line, soft_wrap=True, markup=False)
 
     out = out or Path(f"{table.stem}-classes.csv")
-    check_places(table, out, plot)
+    check_places(table, out, plot, save)
     job = _read(table, labels, ignore or [])
     options = _options(start, most, pca, rule)
     told = int((job.y >= 0).sum())
@@ -113,14 +113,14 @@ def discover(
         return
     from mixtura.density import CategoryDiscovery
 
-    X = job.X
-    if not raw and not job.embeddings:
-        spread = X.std(0)
-        X = (X - X.mean(0)) / [s if s > 0 else 1.0 for s in spread]
-    model = CategoryDiscovery(**options, device=device, seed=seed).fit(X, job.y)
+    model = CategoryDiscovery(**options, device=device, seed=seed)
+    if raw or job.embeddings:
+        model.fit(job.X, job.y)
+    else:
+        _fit_standardised(model, job.X, job.y)
     titles = [*job.classes, *(f"new {i + 1}" for i in range(model.n_novel_))]
     component = _components(model)
-    proba = model.predict_proba(X)
+    proba = model.predict_proba(job.X)
     rows = range(len(proba))
     write_beside(
         out, job.table, {"class": [titles[c] for c in component], "probability": proba[rows, component].round(6)}
@@ -128,7 +128,7 @@ def discover(
     if plot is not None:
         from mixtura.cli.discover_picture import draw
 
-        draw(plot, model.reduce(X), model, component, titles)
+        draw(plot, model.reduce(job.X), model, component, titles)
     if save is not None:
         model.save(save)
     console.print(_summary(job, model, proba, titles))
@@ -137,6 +137,16 @@ def discover(
         say("note: the last round still moved clusters; another --seed may find another number")
     written = [str(path) for path in (out, plot, save) if path is not None]
     say(f"{' and '.join(written)} {'is' if len(written) == 1 else 'are'} written")
+
+
+def _fit_standardised(model: Any, X: np.ndarray, y: np.ndarray) -> None:
+    """Fit to columns of mean 0 and variance 1; the model itself takes the columns as they are, and so does a saved one."""
+    centre, spread = X.mean(0), X.std(0)
+    spread[spread <= 0] = 1.0
+    model.fit((X - centre) / spread, y)
+    model.mean_ = centre + spread * model.mean_
+    model.components_ = model.components_ / spread
+    model.prototypes_ = centre + spread * model.prototypes_
 
 
 def _options(start: str, most: int | None, pca: int, rule: RuleName) -> dict[str, Any]:

@@ -52,10 +52,10 @@ class Found:
 
     @property
     def error(self) -> float | None:
-        """Relative error on the grid."""
+        """Relative error on the grid; None where the truth is not known, or zero everywhere."""
         import numpy as np
 
-        if self.truth is None:
+        if self.truth is None or not self.truth.any():
             return None
         return float(np.linalg.norm(self.u - self.truth) / np.linalg.norm(self.truth))
 

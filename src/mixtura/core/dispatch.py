@@ -1,12 +1,14 @@
 """Tokens to experts and back: y_t = sum_k weights_tk * expert[indices_tk](x_t).
 
-What one expert computes is an `ExpertStack`: down @ inner(up @ x), with optional biases and a last step. Two backends
+What one expert computes is an `ExpertStack`: down @ inner(up @ x), with optional biases and a last step. The backends
 give the same outputs and gradients:
 
 - ``loop``: plain autograd, one expert at a time. It is slow, obvious, and defines the meaning.
 - ``grouped``: sorts the token-expert pairs once, runs each expert on one contiguous block of rows, and combines with
   one weighted sum per token. It never copies a weight, keeps only the up product for the backward pass, and leaves the
   choice of matrix product to `products`. It has no second derivative; ``loop`` has.
+- ``triton``: for CUDA tensors, and only when it is asked for: its kernels (`gpu_dispatch`) agree with ``loop`` under
+  Triton's interpreter, but have neither run nor been timed on a GPU yet.
 
 An index equal to E is the *sentinel*: the pair is left out before any product, adds nothing, and gets no gradient.
 
@@ -16,6 +18,7 @@ S token-expert pairs without the sentinels, M rows of one expert.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +103,8 @@ def experts_forward(
     Returns:
         Shape (T, D), dtype of x. A token with sentinels only gets 0.
     Raises:
-        ValueError: shapes that do not fit together, an index outside [0, E], an unknown backend or activation.
+        ValueError: shapes that do not fit together, an index outside [0, E] (with ``triton`` an assertion on the device),
+            an unknown backend or activation, a backend that cannot run on x.
     Example:
         >>> x, eye = torch.tensor([[1.0, 2.0]]), torch.eye(2).expand(3, 2, 2)
         >>> experts_forward(x, eye, eye, torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.5]]), activation="relu")
@@ -131,7 +135,9 @@ def dispatch(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor, *,
     reason = why_not(backend, x)
     if reason is not None:
         raise ValueError(reason)
-    _check(x, stack, indices, weights)
+    _check_shapes(x, stack, indices, weights)
+    if backend != "triton":  # which looks on the device: here the host would wait for it
+        _check_range(indices, stack.n_experts)
     return BACKENDS[backend](x, stack, indices, weights)
 
 
@@ -141,7 +147,19 @@ def why_not(backend: str, x: Tensor) -> str | None:
         return f"backend must be one of {sorted(BACKENDS)}, got {backend!r}"
     if not x.is_floating_point():
         return f"x must be floating point, got {x.dtype}"
-    return None
+    return _why_not_triton(x) if backend == "triton" else None
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton (Linux), or use backend='grouped'"
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"triton computes in float32, bfloat16 or float16, got x of {x.dtype}; use backend='grouped'"
+    from mixtura.core import gpu_dispatch
+
+    if x.device.type == "cuda" or (x.device.type == "cpu" and gpu_dispatch.INTERPRETED):
+        return None
+    return f"triton needs a CUDA tensor, got one on {x.device}; use backend='grouped'"
 
 
 def _loop(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> Tensor:
@@ -173,7 +191,17 @@ def _grouped(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) ->
     return y_TD.to(x.dtype)
 
 
-BACKENDS: dict[str, Callable[[Tensor, ExpertStack, Tensor, Tensor], Tensor]] = {"grouped": _grouped, "loop": _loop}
+def _triton(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> Tensor:
+    from mixtura.core import gpu_dispatch  # needs triton, which only this backend does
+
+    return gpu_dispatch.experts(x, stack, indices, weights)
+
+
+BACKENDS: dict[str, Callable[[Tensor, ExpertStack, Tensor, Tensor], Tensor]] = {
+    "grouped": _grouped,
+    "loop": _loop,
+    "triton": _triton,
+}
 
 
 @dataclass(frozen=True)
@@ -343,7 +371,7 @@ def _back(
     return grad_input
 
 
-def _check(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> None:
+def _check_shapes(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> None:
     n_experts = stack.n_experts
     width = stack.up.shape[1 if stack.transposed else 2]
     if x.dim() != 2 or x.shape[1] != width:
@@ -360,6 +388,9 @@ def _check(x: Tensor, stack: ExpertStack, indices: Tensor, weights: Tensor) -> N
     for name, bias in (("up_bias", stack.up_bias), ("down_bias", stack.down_bias)):
         if bias is not None and (bias.dim() != 2 or len(bias) != n_experts):
             raise ValueError(f"{name} must have shape (E={n_experts}, rows), got {tuple(bias.shape)}")
+
+
+def _check_range(indices: Tensor, n_experts: int) -> None:
     if indices.numel():
         low, high = (int(bound) for bound in indices.aminmax())
         if low < 0 or high > n_experts:

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors, write_json
 
-__all__ = ["Keeping"]
+__all__ = ["Keeping", "check_place"]
 
 META, ARRAYS = "estimator.json", "arrays.safetensors"
 PACKAGE = __name__.partition(".")[0]
@@ -31,11 +31,13 @@ class Keeping:
     """
 
     def save(self, path: str | Path) -> None:
-        """Write the estimator to the directory ``path``, whole or not at all.
+        """Write the estimator to the directory ``path``, whole or not at all; one that was saved there before is replaced.
 
         Raises:
+            ValueError: ``path`` is a file, or a directory with anything else in it.
             TypeError: a parameter or attribute holds something else than the values named above; it is named.
         """
+        check_place(path)
         arrays: dict[str, np.ndarray] = {}
         meta = _parts(self, "", arrays)
         with atomic_directory(path) as beside:
@@ -70,6 +72,19 @@ class Keeping:
         arrays = load_file(path / ARRAYS)
         found: Self = _build(cls, meta, arrays)
         return found
+
+
+def check_place(path: str | Path) -> None:
+    """Raise a ValueError where saving to ``path`` would replace anything but an estimator that was saved before."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} exists and is not a directory; an estimator is saved as a directory of its own")
+    foreign = sorted(file.name for file in path.iterdir() if file.name not in (META, ARRAYS)) if path.exists() else []
+    if foreign:
+        raise ValueError(
+            f"{path} is a directory with other files in it ({', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}), "
+            "which saving would replace; give a new or an empty one"
+        )
 
 
 def _parts(estimator: Any, at: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -127,13 +127,15 @@ class _Haar(torch.autograd.Function):
         if height % 2 or width % 2:
             x = F.pad(x, (0, width % 2, 0, height % 2))
         rows = x.reshape(*x.shape[:-2], -1, 2, x.shape[-1])
-        # Whole rows first: only the second of the two stages then reads every other pixel.
-        both, apart = rows[..., 0, :] + rows[..., 1, :], rows[..., 0, :] - rows[..., 1, :]
+        # Whole rows first: only the second of the two stages then reads every other pixel. Their means and what is left, not
+        # their sums and differences, so that no pass is needed to halve the result.
+        both = torch.lerp(rows[..., 0, :], rows[..., 1, :], 0.5)
+        apart = rows[..., 0, :] - both
         out = x.new_empty(*both.shape[:-2], 4, both.shape[-2], both.shape[-1] // 2)
         for ll, cv, part in ((0, 2, both), (1, 3, apart)):
             torch.add(part[..., ::2], part[..., 1::2], out=out[..., ll, :, :])
             torch.sub(part[..., ::2], part[..., 1::2], out=out[..., cv, :, :])
-        return out.mul_(0.5)
+        return out
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -153,9 +155,9 @@ class _Inverse(torch.autograd.Function):
         for part, low, high in ((both, ll, cv), (apart, ch, cd)):
             torch.add(low, high, out=part[..., ::2])
             torch.sub(low, high, out=part[..., 1::2])
-        torch.add(both, apart, out=out[..., 0, :])
-        torch.sub(both, apart, out=out[..., 1, :])
-        return out.flatten(-3, -2).mul_(0.5)
+        torch.lerp(both, apart, 0.5, out=out[..., 0, :])
+        torch.sub(both, out[..., 0, :], out=out[..., 1, :])
+        return out.flatten(-3, -2)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import difflib
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,20 +20,24 @@ if TYPE_CHECKING:  # pandas is heavy, and `--help` needs none of it
 
 __all__ = ["check_parquet_folder", "column", "non_finite", "numbers", "read_table", "text_problem"]
 
+log = logging.getLogger(__name__)
+
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 PARQUET = (".parquet", ".pq")
 TAIL_BYTES = 1 << 20  # how much of the end of a text file is looked at for a line that breaks off
+DECIMAL_COMMA = r"\s*[+-]?\d+(,\d+)?([eE][+-]?\d+)?\s*"
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
     """The table in a file: ``.csv``, ``.tsv`` (or ``.tab``), ``.parquet`` (or ``.pq``), or a folder of Parquet files.
 
-    The first line of a text file names the columns. An empty field is a missing value.
+    The first line of a text file names the columns. An empty field is a missing value. A ``.csv`` whose first line has
+    semicolons (or tabs) and no comma is separated by those, and its numbers may have decimal commas.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: another kind of file, no rows, no header, a line with too many fields, a file that ends in the middle
-            of a line, or a damaged Parquet file.
+        ValueError: another kind of file, no rows, no header, lines with more fields than the first has names, a file that
+            ends in the middle of a line, or a damaged Parquet file.
     """
     import pandas as pd
 
@@ -42,7 +48,7 @@ def read_table(path: str | Path) -> pd.DataFrame:
     if path.is_dir() or suffix in PARQUET:
         table = _read_parquet(path)
     elif suffix in SEPARATORS:
-        separator = SEPARATORS[suffix]
+        separator = _separator(path, SEPARATORS[suffix])
         if path.stat().st_size < TAIL_BYTES and not path.read_bytes().strip():
             raise ValueError(f"{path} is empty; a table has a line of column names and then one line a row")
         try:
@@ -53,6 +59,8 @@ def read_table(path: str | Path) -> pd.DataFrame:
             raise ValueError(f"{path} is no UTF-8 text ({error}); save it as UTF-8") from error
         _check_header(path, table)
         _check_last_line(path, separator, len(table.columns))
+        if separator != ",":
+            _read_decimal_commas(table)
     else:
         raise ValueError(f"{path} must end in {', '.join([*SEPARATORS, *PARQUET])} or be a folder of Parquet files")
     if table.empty:
@@ -83,6 +91,9 @@ def numbers(
 ) -> tuple[np.ndarray, list[str]]:
     """The columns of a table as one matrix.
 
+    A column whose field in the first line is empty is left out, with a warning, where it only numbers the rows (as pandas
+    and R write them) or has no value at all (a separator at the end of every line).
+
     Args:
         table: numbers and booleans; rows are samples.
         without: columns to leave out.
@@ -96,7 +107,7 @@ def numbers(
     import pandas as pd
 
     left_out = {column(table, name).name for name in without}
-    names = [str(name) for name in table.columns if name not in left_out]
+    names = [str(name) for name in table.columns if name not in left_out and not _is_no_measurement(table[name])]
     if not names:
         raise ValueError("no column is left to compute with")
     matrix_NF = np.empty((len(table), len(names)))
@@ -126,6 +137,8 @@ def text_problem(values: pd.Series) -> str | None:
     if values.dtype == object and not len(bad):
         return None  # numbers that pandas keeps as objects
     row = int(bad[0]) if len(bad) else 0
+    if not len(bad):  # dates and the like, which pandas can turn into numbers that mean nothing here
+        return f"column {values.name!r} is no column of numbers: it holds {values.dtype}, in row 0 {values.iloc[row]!s}"
     return (
         f"column {values.name!r} is no column of numbers: row {row} (counted from 0) holds {values.iloc[row]!r} "
         f"({len(bad)} of {len(values)} rows are no numbers)"
@@ -179,7 +192,48 @@ def _read_parquet(path: Path) -> pd.DataFrame:
         raise ValueError(f"{path} is no whole Parquet file ({error}); copy or write it again") from error
 
 
+def _separator(path: Path, usual: str) -> str:
+    """What separates the fields: ``usual``, or for a ``.csv`` the semicolon or tab that its first line has instead."""
+    if usual != ",":
+        return usual
+    with path.open("rb") as handle:
+        names = re.sub(rb'"[^"]*"', b"", handle.readline(TAIL_BYTES))
+    return next((mark for mark in (",", ";", "\t") if mark.encode() in names), usual)
+
+
+def _read_decimal_commas(table: pd.DataFrame) -> None:
+    """Make numbers of the text columns that hold nothing but numbers with decimal commas."""
+    import pandas as pd
+
+    for name in table.columns:
+        text = table[name].dropna()
+        if (
+            not pd.api.types.is_numeric_dtype(text)
+            and len(text)
+            and text.astype(str).str.fullmatch(DECIMAL_COMMA).all()
+        ):
+            table[name] = pd.to_numeric(table[name].astype(object).str.replace(",", "."))
+
+
+def _is_no_measurement(values: pd.Series) -> bool:
+    """Whether a column that the file gives no name is empty, or counts the rows from 0 or 1."""
+    import pandas as pd
+
+    if not re.fullmatch(r"Unnamed: \d+", str(values.name)):
+        return False
+    if values.isna().all():
+        log.warning("column %r has no name and no value; it is left out", values.name)
+        return True
+    first = values.iloc[0]
+    if pd.api.types.is_integer_dtype(values) and first in (0, 1) and (values == np.arange(len(values)) + first).all():
+        log.warning("column %r has no name and numbers the rows; it is left out", values.name)
+        return True
+    return False
+
+
 def _check_header(path: Path, table: pd.DataFrame) -> None:
+    import pandas as pd
+
     def number(text: object) -> bool:
         try:
             float(str(text))
@@ -187,6 +241,14 @@ def _check_header(path: Path, table: pd.DataFrame) -> None:
             return False
         return True
 
+    # pandas takes fields beyond the names for row labels, and moves every name to another column.
+    beyond = 0 if table.index.equals(pd.RangeIndex(len(table))) else table.index.nlevels
+    if beyond:
+        raise ValueError(
+            f"{path} has {len(table.columns) + beyond} fields a line and only {len(table.columns)} names in its first line "
+            f"({', '.join(map(str, table.columns[:4]))}); the first line must name every column, and the rest must be "
+            "separated as it is"
+        )
     if len(table.columns) and all(number(name) for name in table.columns):
         raise ValueError(f"{path} has numbers only in its first line; the first line must name the columns")
 

@@ -22,13 +22,12 @@ import torch
 from sklearn.base import BaseEstimator, ClusterMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.gaussian import LOG_2PI, Gaussians
 from mixtura.core.keeping import Keeping
-from mixtura.data.tables import non_finite
 from mixtura.density.group_shapes import SHAPES, group_covariances, shaped
-from mixtura.density.inputs import device_of
+from mixtura.density.inputs import as_matrix, device_of
 from mixtura.density.labels import as_labels
 from mixtura.density.membership_program import MembershipProgram, partition_factors
 from mixtura.density.semidefinite import SOLVERS, SDPResult, check_size, not_converged, round_memberships, solve_program
@@ -38,6 +37,7 @@ __all__ = ["AdjustedSDPClustering", "Step"]
 log = logging.getLogger(__name__)
 
 METRICS = ("identity", "total")
+MISSING = "; GaussianMixture takes missing values"
 EXACT_UP_TO, SKETCH_ABOVE, SKETCH_ROWS = 300, 2000, 1000  # n K, n, n of solver="auto" and sketch=None
 
 
@@ -198,7 +198,7 @@ class AdjustedSDPClustering(Keeping, ClusterMixin, BaseEstimator):
         ConvergenceWarning
             The turns ran out, or a program's rounds; with the residuals and what to try.
         """
-        x_NF = self._finite(validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_all_finite=False))
+        x_NF = as_matrix(self, X, reset=True, hint=MISSING, ensure_min_samples=2)
         self._check(len(x_NF))
         centre_F, scale_F = x_NF.mean(0), x_NF.std(0)
         scale_F = np.where(scale_F > 0, scale_F, 1.0)
@@ -233,12 +233,6 @@ class AdjustedSDPClustering(Keeping, ClusterMixin, BaseEstimator):
     def gaussians_(self) -> Gaussians:
         """The groups as a mixture of Gaussians: marginals, conditionals, samples."""
         return self._gaussians().mapped(torch.from_numpy(self.scale_), torch.from_numpy(self.centre_))
-
-    @staticmethod
-    def _finite(x_NF: np.ndarray) -> np.ndarray:
-        if problem := non_finite(x_NF):
-            raise ValueError(f"X must be finite: {problem}; GaussianMixture takes missing values")
-        return x_NF
 
     def _check(self, n: int) -> None:
         for name, least in (("n_clusters", 1), ("rank", 1), ("max_iter", 1), ("n_sketches", 1)):
@@ -412,7 +406,7 @@ class AdjustedSDPClustering(Keeping, ClusterMixin, BaseEstimator):
     def _entered(self, X: Any) -> torch.Tensor:
         """New samples, checked, in standardised coordinates."""
         check_is_fitted(self, "weights_")
-        x_NF = self._finite(validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False))
+        x_NF = as_matrix(self, X, reset=False, hint=MISSING)
         return torch.from_numpy((x_NF - self.centre_) / self.scale_)
 
     def _gaussians(self) -> Gaussians:

@@ -18,15 +18,15 @@ import numpy as np
 import torch
 from sklearn.base import BaseEstimator, ClassifierMixin, ClusterMixin
 from sklearn.utils import check_random_state
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 from mixtura.core.gaussian import Gaussians
 from mixtura.core.keeping import Keeping
 from mixtura.density.cluster_moves import Rules, halves_of, log_split_ratio
-from mixtura.density.discovery_inputs import LEAST_ROWS, check_finite, check_whole, held_out_rows, known_classes
+from mixtura.density.discovery_inputs import LEAST_ROWS, check_whole, held_out_rows, known_classes
 from mixtura.density.discovery_rounds import Found, Schedule, known_kmeans, nearest_centre, run_rounds
-from mixtura.density.inputs import device_of
+from mixtura.density.inputs import as_matrix, device_of
 from mixtura.density.known_classes import Calibration, calibrate, calibrated_prior, within_covariance
 from mixtura.density.labels import UNLABELLED, as_labels
 from mixtura.density.set_evidence import ClusterPrior
@@ -195,8 +195,7 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
             raise ValueError(
                 "CategoryDiscovery requires y to be passed, but the target y is None; give -1 where a sample is unlabelled"
             )
-        x_NF = validate_data(self, X, dtype=np.float64, ensure_min_samples=2, ensure_all_finite=False)
-        x_NF = check_finite(x_NF)
+        x_NF = as_matrix(self, X, reset=True, ensure_min_samples=2)
         y_N = as_labels(y)
         known = known_classes(y_N, len(x_NF))
         class_N = np.where(y_N == UNLABELLED, UNLABELLED, np.searchsorted(known, y_N))
@@ -257,8 +256,7 @@ class CategoryDiscovery(Keeping, ClassifierMixin, ClusterMixin, BaseEstimator):
     def reduce(self, X: Any) -> np.ndarray:
         """Reduced coordinates, shape (N, D)."""
         check_is_fitted(self, "means_")
-        x_NF = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False)
-        return self._project(check_finite(x_NF))
+        return self._project(as_matrix(self, X, reset=False))
 
     def _log_joint(self, X: Any) -> Tensor:
         return self.gaussians_.log_joint(torch.from_numpy(self.reduce(X)))

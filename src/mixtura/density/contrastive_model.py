@@ -16,8 +16,8 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, TransformerMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,8 +25,7 @@ from mixtura.core.contrast import info_nce, pair_logistic
 from mixtura.core.keeping import Keeping
 from mixtura.core.training import TrainConfig
 from mixtura.core.training import fit as train
-from mixtura.data.tables import non_finite
-from mixtura.density.inputs import device_of
+from mixtura.density.inputs import as_matrix, device_of
 
 __all__ = ["ContrastiveModel", "jitter"]
 
@@ -45,7 +44,7 @@ def jitter(x: Tensor, generator: torch.Generator) -> Tensor:
     return (x + 0.5 * noise) * kept
 
 
-class ContrastiveModel(Keeping, TransformerMixin, BaseEstimator):
+class ContrastiveModel(Keeping, ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """Features learned from pairs; ``transform`` gives them.
 
     Parameters
@@ -180,7 +179,9 @@ class ContrastiveModel(Keeping, TransformerMixin, BaseEstimator):
     def transform(self, X: Any) -> np.ndarray:
         """Features of each row, shape (N, R), float64."""
         check_is_fitted(self, "mean_")
-        x_NF = (self._rows(X, reset=False) - self.mean_) / self.scale_
+        return self._encoded((self._rows(X, reset=False) - self.mean_) / self.scale_)
+
+    def _encoded(self, x_NF: np.ndarray) -> np.ndarray:
         encoder, device = self.encoder_, device_of(self.device)
         with torch.no_grad():
             blocks = torch.from_numpy(x_NF).float().split(BLOCK)
@@ -197,15 +198,11 @@ class ContrastiveModel(Keeping, TransformerMixin, BaseEstimator):
 
     @property
     def _n_features_out(self) -> int:
-        return int(self.transform(np.zeros((1, len(self.mean_)))).shape[1])
+        return self._encoded(np.zeros((1, len(self.mean_)))).shape[1]
 
     def _rows(self, X: Any, *, reset: bool) -> np.ndarray:
-        X = validate_data(
-            self, X, reset=reset, dtype=FLOATS, ensure_all_finite=False, ensure_min_samples=2 if reset else 1
-        )
-        if problem := non_finite(X, getattr(self, "feature_names_in_", None)):
-            raise ValueError(f"X contains {problem}")
-        return np.asarray(X, dtype=np.float64)
+        found = as_matrix(self, X, reset=reset, dtype=FLOATS, ensure_min_samples=2 if reset else 1)
+        return np.asarray(found, dtype=np.float64)
 
     def _built(self, n_features: int) -> nn.Module:
         if self.encoder == "linear":

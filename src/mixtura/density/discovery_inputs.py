@@ -1,4 +1,4 @@
-"""What discovering classes is given, checked once: labels, held-out samples, finite values, whole numbers.
+"""What discovering classes is given, checked once: labels, held-out samples, whole numbers.
 
 Every complaint names what came and what would do.
 """
@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from mixtura.data.tables import non_finite
 from mixtura.density.labels import UNLABELLED
 
-__all__ = ["check_finite", "check_whole", "held_out_rows", "known_classes"]
+__all__ = ["check_whole", "held_out_rows", "known_classes"]
 
 LEAST_ROWS = 2  # labelled samples of a class
 
@@ -59,13 +58,6 @@ def held_out_rows(held_out: Any, y_N: np.ndarray, calibration: str | None) -> np
                 "hold out more, or use calibration='members'"
             )
     return held_N
-
-
-def check_finite(x_NF: np.ndarray) -> np.ndarray:
-    """The matrix itself; a ValueError counts what is not finite and names the first position."""
-    if problem := non_finite(x_NF):
-        raise ValueError(f"X must be finite: {problem}")
-    return x_NF
 
 
 def check_whole(name: str, value: Any, least: int) -> None:

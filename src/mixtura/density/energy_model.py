@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, DensityMixin
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from mixtura.core.keeping import Keeping
@@ -29,6 +29,7 @@ from mixtura.core.training import TrainConfig, learning_rate
 from mixtura.core.training import fit as train
 from mixtura.density import noise_laws
 from mixtura.density.energies import ENERGIES, Tilted, evaluated, langevin, tilted
+from mixtura.density.inputs import as_matrix, device_of
 from mixtura.density.unnormalized import CompositionalLikelihood, NoiseContrastive, NoiseCoverageWarning
 
 __all__ = ["METHODS", "NOISES", "EnergyDensity", "ood_score"]
@@ -140,19 +141,19 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
             NoiseCoverageWarning: a few noise points carry the whole constant.
         """
         self._check_parameters()
-        table = validate_data(self, X, dtype=FLOATS, ensure_min_samples=2, allow_nd=self.energy != "mlp")
+        table = as_matrix(self, X, reset=True, dtype=FLOATS, ensure_min_samples=2, allow_nd=self.energy != "mlp")
         self.feature_shape_ = tuple(int(n) for n in table.shape[1:])
         data = torch.as_tensor(np.ascontiguousarray(table))
         flat_NF = data.flatten(1)
         law = self._fitted_noise(flat_NF)
         noise_laws.check_support(law, flat_NF)
-        x = data.to(self.device, _dtype(flat_NF))
+        x = data.to(self._device, _dtype(flat_NF))
         # What a built-in network tilts, and what the model falls off like.
         self.base_ = law if isinstance(self.energy, str) else None
         log_p0 = self._network().to(x)
         if isinstance(log_p0, Tilted):
             log_p0.standardise(data)
-        objective = self._objective(_on(law, self.device))
+        objective = self._objective(_on(law, self._device))
         self.history_ = self._train(log_p0, objective, x)
         self.noise_ = _on(objective.noise, "cpu")
         self.weights_ = {name: value.cpu().numpy() for name, value in log_p0.state_dict().items()}
@@ -199,7 +200,12 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         chosen = torch.multinomial(log_w_J.softmax(0), n_samples, replacement=True, generator=generator)
         return langevin(self._trained(), z[chosen], step * z.std(0), langevin_steps, generator).numpy()
 
+    @property
+    def _device(self) -> str:
+        return device_of(self.device)
+
     def _check_parameters(self) -> None:
+        device_of(self.device)
         if self.method not in METHODS:
             raise ValueError(f"method must be one of {list(METHODS)}, got {self.method!r}")
         if self.inner != "ema" and self.method != "compositional":
@@ -233,7 +239,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
         with torch.random.fork_rng():
             torch.manual_seed(self.seed)
             if isinstance(self.energy, str):
-                base = _on(self.base_, self.device)
+                base = _on(self.base_, self._device)
                 return tilted(self.energy, base, self.feature_shape_, self.width, self.depth)
             return self.energy(self.feature_shape_)
 
@@ -316,7 +322,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
 
     def _checked(self, X: ArrayLike) -> Tensor:
         check_is_fitted(self)
-        table = validate_data(self, X, dtype=FLOATS, reset=False, allow_nd=self.energy != "mlp")
+        table = as_matrix(self, X, reset=False, dtype=FLOATS, allow_nd=self.energy != "mlp")
         if table.shape[1:] != self.feature_shape_:
             raise ValueError(f"X must hold samples of shape {self.feature_shape_} as in fit, got {table.shape[1:]}")
         return torch.as_tensor(np.ascontiguousarray(table), dtype=torch.float64)
@@ -328,7 +334,7 @@ class EnergyDensity(Keeping, DensityMixin, BaseEstimator):
 
     def _log_p0(self, x: Tensor) -> Tensor:
         """Log p0, shape (N,), on the CPU: float64, so that a row scores the same alone and among others."""
-        return evaluated(self._trained().to(self.device), x.to(self.device)).cpu()
+        return evaluated(self._trained().to(self._device), x.to(self._device)).cpu()
 
 
 def ood_score(model: EnergyDensity, X: ArrayLike) -> NDArray[np.float64]:

@@ -289,8 +289,9 @@ class SpectralProcessSolver(Keeping, BaseEstimator):
         if isinstance(self.max_frequency, str) and self.max_frequency != "nyquist":
             raise ValueError(f"max_frequency must be 'nyquist' or a number, got {self.max_frequency!r}")
         for name in ("boundary_weight", "jitter", "inner_tol"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float, np.number)) or not 0 < value < np.inf:
+                raise ValueError(f"{name} must be a number > 0, got {value!r}")
         for name, least in (("n_steps", 0), ("inner_iterations", 1), ("n_components", 1)):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:

@@ -19,7 +19,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from sklearn.base import BaseEstimator, DensityMixin, TransformerMixin
+from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, DensityMixin, TransformerMixin
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
@@ -153,7 +153,7 @@ def _noise_covariance(n: int, f: int, rng: np.random.RandomState) -> np.ndarray:
     return lower_FF @ lower_FF.T / n
 
 
-class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
+class FactorModel(Keeping, ClassNamePrefixFeaturesOutMixin, TransformerMixin, DensityMixin, BaseEstimator):
     """Linear factors under Gaussian noise; ``transform`` gives the posterior mean of the factors.
 
     Parameters
@@ -255,7 +255,7 @@ class FactorModel(Keeping, TransformerMixin, DensityMixin, BaseEstimator):
 
     def posterior(self, X: Any) -> Posterior:
         """The law of the factors given each sample: E[z | x] = (I + B' N^-1 B)^-1 B' N^-1 (x - mean)."""
-        return Posterior(self.transform(X), self._posterior_covariance())
+        return Posterior(np.asarray(self.transform(X)), self._posterior_covariance())
 
     def transform(self, X: Any) -> np.ndarray:
         """Posterior mean of the factors, shape (N, R)."""

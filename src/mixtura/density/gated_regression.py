@@ -15,7 +15,7 @@ import torch
 from scipy.special import ndtr
 from sklearn.base import BaseEstimator, RegressorMixin
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d, validate_data
+from sklearn.utils.validation import _check_sample_weight, check_is_fitted, column_or_1d
 from torch import Tensor
 
 from mixtura.core.gates import TemperatureSchedule
@@ -27,7 +27,7 @@ from mixtura.density.gated_errors import fisher_information, standard_errors
 from mixtura.density.gated_frame import Frame, Law
 from mixtura.density.gated_law import GATES, GateKind, GateRule, Joint, Layout, Likelihood, Pairs, Parts, evaluate
 from mixtura.density.gated_search import Found, best_fit, screened
-from mixtura.density.inputs import device_of
+from mixtura.density.inputs import as_matrix, device_of
 
 __all__ = ["GatedRegression"]
 
@@ -367,12 +367,7 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
     def _inputs(self, X: Any, *, reset: bool = False) -> np.ndarray:
         if not reset:
             check_is_fitted(self)
-        X = validate_data(
-            self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=2 if reset else 1
-        )
-        if problem := non_finite(X):
-            raise ValueError(f"X contains {problem}")
-        return X
+        return as_matrix(self, X, reset=reset, ensure_min_samples=2 if reset else 1)
 
     def _target(self, X: np.ndarray, y: Any) -> np.ndarray:
         if y is None:
@@ -381,7 +376,10 @@ class GatedRegression(Keeping, RegressorMixin, BaseEstimator):
         shape = y.shape
         if len(shape) > 1 and shape[-1] > 1:
             raise ValueError(f"y must have one column, got shape {shape}; fit one GatedRegression an output")
-        target_N = column_or_1d(y, warn=True, dtype=np.float64)
+        try:
+            target_N = column_or_1d(y, warn=True, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"y must hold one number a row ({error})") from error
         if len(target_N) != len(X):
             raise ValueError(f"X and y must have as many rows, got {len(X)} and {len(target_N)}")
         if problem := non_finite(target_N[:, None]):

@@ -15,7 +15,7 @@ import torch
 from mixtura.core.gaussian import COVARIANCES, Covariance
 from mixtura.core.natural_form import block_rows
 from mixtura.core.processes import Processes
-from mixtura.data.tables import text_problem
+from mixtura.data.tables import non_finite, text_problem
 from mixtura.density.em import Samples
 from mixtura.density.labels import Classes, as_labels, map_classes
 from mixtura.density.sources import Arrays, Source, Summary, merge, open_source, scan
@@ -23,6 +23,7 @@ from mixtura.density.sources import Arrays, Source, Summary, merge, open_source,
 __all__ = [
     "Drawn",
     "Given",
+    "as_matrix",
     "as_source",
     "as_weights",
     "check_parameters",
@@ -116,14 +117,10 @@ def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> S
 
     source = open_source(X)
     if source is None:
-        if hasattr(X, "columns") and hasattr(X, "iloc"):
-            for i in range(X.shape[1]):
-                if problem := text_problem(X.iloc[:, i]):
-                    raise ValueError(f"X cannot be computed with: {problem}; leave the column out or encode it")
         # Kept in its own type: blocks are converted as they are read, so integers need no second copy in memory.
         array = validate_data(
             estimator,
-            X,
+            _table(X, "X"),
             reset=reset,
             dtype="numeric",
             ensure_all_finite=False,
@@ -145,7 +142,43 @@ def as_source(estimator: Any, X: Any, *, reset: bool, min_samples: int = 1) -> S
             f"X has {first.shape[1]} features, but {type(estimator).__name__} is expecting "
             f"{estimator.n_features_in_} features as input"
         )
+    elif source.names is not None and hasattr(estimator, "feature_names_in_"):
+        fitted = estimator.feature_names_in_.tolist()
+        if source.names != fitted:
+            raise ValueError(
+                f"The feature names should match those that were passed during fit: X has the columns {source.names[:8]}, "
+                f"and the fit had {fitted[:8]}, in this order"
+            )
     return source
+
+
+def as_matrix(
+    estimator: Any, X: Any, *, reset: bool, name: str = "X", hint: str = "", dtype: Any = np.float64, **options: Any
+) -> np.ndarray:
+    """``X`` as an array of finite numbers, for the estimators that read all of it at once.
+
+    Args:
+        estimator: whose number and names of features are set (``reset``) or compared.
+        X: array-like, DataFrame or tensor.
+        reset: whether this is a fit.
+        name: what errors call it.
+        hint: what an error of missing values ends with.
+        dtype: or several, of which the first is taken where ``X`` has none of them.
+        options: more of scikit-learn's ``validate_data``.
+    Raises:
+        ValueError: text or dates in a DataFrame (column named), NaN or infinity (counted, first position named), and what
+            scikit-learn complains of.
+    """
+    from sklearn.utils.validation import validate_data
+
+    table = _table(X, name)
+    found = validate_data(estimator, table, reset=reset, dtype=dtype, ensure_all_finite=False, **options)
+    problem = non_finite(found.reshape(len(found), -1), getattr(estimator, "feature_names_in_", None))
+    if problem:
+        raise ValueError(f"{name} contains {problem}{hint if 'missing' in problem else ''}")
+    # torch has no negative strides, and warns of memory that must not be written.
+    matrix: np.ndarray = found if found.flags.writeable and min(found.strides, default=0) >= 0 else found.copy()
+    return matrix
 
 
 def as_weights(sample_weight: Any) -> np.ndarray:
@@ -233,6 +266,12 @@ def prepare(estimator: Any, X: Any, y: Any, sample_weight: Any, processes: Proce
         )
     if not everywhere.weight > 0:
         raise ValueError("sample_weight is zero for every sample")
+    counted = n_own if w_N is None else int((w_N > 0).sum())
+    n_counted = int(processes.sum(torch.tensor([float(counted)], dtype=torch.float64)))
+    if n_counted < estimator.n_components:
+        raise ValueError(
+            f"n_components={estimator.n_components} needs as many samples whose sample_weight is above 0, got {n_counted}"
+        )
     y_all = _gather_labels(y_N, n_own, processes)
     classes = None if y_all is None else map_classes(y_all, estimator.n_components, estimator.class_components)
     frame = everywhere.frame(covariance, source.names)
@@ -316,6 +355,18 @@ def subsample(given: Given, n: int, random_state: np.random.RandomState) -> Draw
         mine = chosen_N[given.first : given.first + own]
         weights = torch.cat(samples.processes.gather(samples.weights[torch.from_numpy(mine)])).numpy()
     return Drawn(z_MF, classes_M, weights)
+
+
+def _table(X: Any, name: str) -> Any:
+    """``X`` as scikit-learn can read it: tensors as arrays; a column of a DataFrame that holds no numbers is named."""
+    if isinstance(X, torch.Tensor):
+        X = X.detach().cpu()
+        return (X.float() if X.dtype == torch.bfloat16 else X).numpy()
+    if hasattr(X, "columns") and hasattr(X, "iloc"):
+        for i in range(X.shape[1]):
+            if problem := text_problem(X.iloc[:, i]):
+                raise ValueError(f"{name} cannot be computed with: {problem}; leave the column out or encode it")
+    return X
 
 
 def _exchange(summary: Summary | None, processes: Processes) -> tuple[Summary, int]:

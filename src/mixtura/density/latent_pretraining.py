@@ -13,10 +13,11 @@ import numpy as np
 from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin, clone
 from sklearn.utils import column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 
 from mixtura.core.keeping import Keeping
 from mixtura.data.tables import non_finite
+from mixtura.density.inputs import as_matrix
 from mixtura.density.latent_models import Together, fit_latent, is_mixture, latent_features, several
 from mixtura.density.small_heads import fit_least_squares, fit_logistic, fit_ridge, fit_table
 
@@ -35,10 +36,7 @@ class _TwoPhase(Keeping, BaseEstimator):
     seed: int
 
     def _checked(self, X: Any, *, reset: bool) -> np.ndarray:
-        X = validate_data(self, X, reset=reset, dtype=np.float64, ensure_all_finite=False)
-        if problem := non_finite(X, getattr(self, "feature_names_in_", None)):
-            raise ValueError(f"X contains {problem}")
-        return X
+        return as_matrix(self, X, reset=reset)
 
     def _pretrain(self, X_NF: np.ndarray, known_N: np.ndarray, X_unlabeled: Any) -> None:
         """The first phase: sets ``latent_``, ``m_`` and ``n_``."""
@@ -88,7 +86,7 @@ class _TwoPhase(Keeping, BaseEstimator):
         if several(X):
             return X
         if wanted == 2:
-            X = validate_data(self, X, reset=False, dtype=np.float64, ensure_all_finite=False)
+            return as_matrix(self, X, reset=False, name="X_unlabeled")
         x = np.asarray(X, dtype=np.float64)
         if problem := non_finite(x.reshape(len(x), -1)):
             raise ValueError(f"X_unlabeled contains {problem}")
@@ -339,7 +337,9 @@ def _has_class(y: np.ndarray) -> np.ndarray:
         return ~np.isnan(y) & (y != -1)
     if y.dtype.kind in "biu":
         return y != -1
-    return np.array([not (v is None or v != v or v == "" or v == -1) for v in y.tolist()])
+    import pandas as pd
+
+    return np.array([not (gone or v == "" or v == -1) for v, gone in zip(y.tolist(), pd.isna(y), strict=True)])
 
 
 def _paired(latent: Any) -> bool:

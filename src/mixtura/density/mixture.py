@@ -282,7 +282,7 @@ class GaussianMixture(Keeping, ClusterMixin, DensityMixin, BaseEstimator):
     def predict_proba(self, X: Any) -> np.ndarray:
         """Probability of each component for each sample, shape (N, C), rows sum to 1."""
         # Copied block by block: the next one overwrites the responsibilities.
-        return np.concatenate([np.array(r_CB.mT.cpu(), dtype=np.float64) for _, _, r_CB in self._sweep(X).blocks()])
+        return np.concatenate([r_CB.mT.cpu().numpy().astype(np.float64) for _, _, r_CB in self._sweep(X).blocks()])
 
     def predict_class(self, X: Any) -> np.ndarray:
         """Most probable class of each sample after a fit with labels, shape (N,); -1 for a component without class.

@@ -31,6 +31,7 @@ The operator is a sum of terms coefficient(x) * u^power * (a derivative of u). A
 equation can be given in Python, as a callable.
 """
 
+import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,6 +60,8 @@ SOLVER = {
     "extra_trend",
     "jitter",
 }
+# Beyond these no memory would do: an axis of n points takes some 32 matrices of n^2 numbers, a grid some 80 fields.
+MOST_POINTS_OF_AXIS, MOST_POINTS = 20_000, 20_000_000
 COVERED = "covered are sums of coefficient(x) * u^power * (a derivative of u); give others as a callable in Python"
 
 
@@ -91,7 +94,7 @@ def read_problem(path: str | Path) -> FileProblem:
     """
     path = Path(path)
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))  # some editors begin a file with a mark
     except FileNotFoundError:
         raise ValueError(f"no problem file at {path}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -112,6 +115,11 @@ def problem_from(content: Mapping[str, Any]) -> FileProblem:
     if len(set(names)) < len(names):
         raise ValueError(f"axes must have different names, got {list(names)}")
     grids = tuple(_grid(axis, name) for axis, name in zip(axes, names, strict=True))
+    if math.prod(map(len, grids)) > MOST_POINTS:
+        sizes = " x ".join(f"{len(grid):,}" for grid in grids)
+        raise ValueError(
+            f"the grid has {sizes} points, and the solver takes at most {MOST_POINTS:,}; give fewer points"
+        )
     mesh = np.meshgrid(*grids, indexing="ij", sparse=False)
     terms = _tables(content, "term")
     if not terms:
@@ -122,6 +130,9 @@ def problem_from(content: Mapping[str, Any]) -> FileProblem:
     _known("[solver]", solver, SOLVER)
     truth = _table(content, "truth")
     _known("[truth]", truth, {"solution"})
+    solution = _expression(truth["solution"], names, "solution in [truth]") if "solution" in truth else None
+    if solution is not None and not np.isfinite(solution.on(*mesh)).all():
+        raise ValueError(f"solution in [truth] is not finite everywhere on the grid: {solution.text!r}")
     return FileProblem(
         title=str(content.get("title", "")),
         names=names,
@@ -129,7 +140,7 @@ def problem_from(content: Mapping[str, Any]) -> FileProblem:
         equation=Terms(tuple(_term(term, i + 1, names, mesh) for i, term in enumerate(terms))),
         source=_expression(equation.get("source", 0), names, "source in [equation]").on(*mesh),
         boundary=_boundary(_table(content, "boundary"), names),
-        truth=_expression(truth["solution"], names, "solution in [truth]") if "solution" in truth else None,
+        truth=solution,
         options=dict(solver),
     )
 
@@ -171,6 +182,11 @@ def _grid(axis: Mapping[str, Any], name: str) -> np.ndarray:
     points = axis.get("points")
     if not isinstance(points, int) or isinstance(points, bool) or points < 8:
         raise ValueError(f"points of axis {name!r} must be an integer >= 8, got {points!r}")
+    if points > MOST_POINTS_OF_AXIS:
+        raise ValueError(
+            f"points of axis {name!r} must be at most {MOST_POINTS_OF_AXIS:,}, got {points:,}: the solver keeps matrices of "
+            "points^2 numbers; give fewer points, or a shorter axis"
+        )
     if not ends[1] > ends[0] or not np.isfinite(ends).all():
         raise ValueError(f"axis {name!r} must go upwards, got from {ends[0]:g} to {ends[1]:g}")
     return np.linspace(ends[0], ends[1], points)

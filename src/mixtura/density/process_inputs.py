@@ -6,9 +6,9 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from sklearn.utils.validation import validate_data
 
 from mixtura.data.tables import non_finite
+from mixtura.density.inputs import as_matrix
 from mixtura.density.network_covariance import ACTIVATIONS
 from mixtura.density.wide_network_kernel import WideNetworkKernel
 
@@ -35,18 +35,7 @@ def kernel_from(kernel: Any, depth: int, device: str) -> Any:
 
 def checked_inputs(estimator: Any, X: Any, *, reset: bool) -> np.ndarray:
     """X as float64, finite, of the fitted number of features."""
-    X = validate_data(
-        estimator,
-        X,
-        reset=reset,
-        dtype=np.float64,
-        ensure_all_finite=False,
-        allow_nd=True,
-        ensure_min_samples=2 if reset else 1,
-    )
-    if problem := non_finite(X.reshape(len(X), -1)):
-        raise ValueError(f"X contains {problem}")
-    return X
+    return as_matrix(estimator, X, reset=reset, allow_nd=True, ensure_min_samples=2 if reset else 1)
 
 
 def checked_targets(X: np.ndarray, y: Any) -> np.ndarray:
@@ -56,7 +45,10 @@ def checked_targets(X: np.ndarray, y: Any) -> np.ndarray:
     y = np.asarray(y)
     if np.iscomplexobj(y):
         raise ValueError("Complex data not supported: y is complex")
-    y = y.astype(np.float64)
+    try:
+        y = y.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must hold numbers ({error}); for classes there is ScaleMixtureClassifier") from error
     if y.ndim not in (1, 2):
         raise ValueError(f"y must have 1 or 2 dimensions, got shape {y.shape}")
     if len(y) != len(X):

@@ -281,14 +281,14 @@ class ScaleMixtureRegressor(Keeping, RegressorMixin, BaseEstimator):
 
     def _checked(self) -> tuple[Prior, Any]:
         """Prior and kernel to start from; everything that the constructor was given is looked at here."""
-        if not (self.noise >= 0 and math.isfinite(self.noise)):
-            raise ValueError(f"noise must be >= 0 and finite, got {self.noise}")
+        if not isinstance(self.noise, (int, float, np.number)) or not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise must be a number >= 0 and finite, got {self.noise!r}")
         if self.optimize and self.noise == 0:
             raise ValueError(
                 "noise=0 cannot be optimized on a logarithmic scale; start it above 0 or give optimize=False"
             )
-        if self.n_restarts < 0:
-            raise ValueError(f"n_restarts must be >= 0, got {self.n_restarts}")
+        if not isinstance(self.n_restarts, (int, np.integer)) or self.n_restarts < 0:
+            raise ValueError(f"n_restarts must be a whole number >= 0, got {self.n_restarts!r}")
         if self.integration not in INTEGRATIONS:
             raise ValueError(f"integration must be one of {list(INTEGRATIONS)}, got {self.integration!r}")
         return named_prior(self.scale_prior), kernel_from(self.kernel, self.depth, self._device)

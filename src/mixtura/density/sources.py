@@ -54,7 +54,7 @@ class Arrays:
         self.names = list(names) if names is not None else None
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
-        """Slices; only integers, which torch cannot take as they are, are copied."""
+        """Slices; only what torch cannot take as it is (integers, reversed arrays) is copied."""
         for start in range(0, len(self.array), rows):
             yield _tensor(self.array[start : start + rows])
 
@@ -97,7 +97,10 @@ class Batches:
 
 
 class Parquet:
-    """Samples of a Parquet file or of a folder of them, through pyarrow, every column a feature."""
+    """Samples of a Parquet file or of a folder of them, through pyarrow, every column a feature.
+
+    But for the index of a DataFrame, which pandas writes as a column where it is more than the numbers of the rows.
+    """
 
     def __init__(self, path: str | Path) -> None:
         import pyarrow
@@ -111,15 +114,20 @@ class Parquet:
             self._dataset = pyarrow.dataset.dataset(path, format="parquet")
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{path} is no whole Parquet file ({error}); copy or write it again") from error
-        self.names: list[str] | None = list(self._dataset.schema.names)
-        for field in self._dataset.schema:
+        index = (self._dataset.schema.pandas_metadata or {}).get("index_columns", [])
+        fields = [field for field in self._dataset.schema if field.name not in index]
+        self._columns = [field.name for field in fields]
+        self.names: list[str] | None = self._columns
+        for field in fields:
             kinds = (pyarrow.types.is_integer, pyarrow.types.is_floating, pyarrow.types.is_boolean)
             if not any(kind(field.type) for kind in kinds):
                 raise ValueError(f"column {field.name!r} of {path} holds {field.type}, not numbers; leave it out")
 
     def blocks(self, rows: int) -> Iterator[Tensor]:
         """Record batches, one read ahead at a time: pyarrow's own sixteen would fill the memory."""
-        batches = self._dataset.to_batches(batch_size=rows, batch_readahead=1, fragment_readahead=1, use_threads=False)
+        batches = self._dataset.to_batches(
+            columns=self._columns, batch_size=rows, batch_readahead=1, fragment_readahead=1, use_threads=False
+        )
         for batch in batches:
             if batch.num_rows:
                 columns = [column.to_numpy(zero_copy_only=False) for column in batch.columns]
@@ -292,13 +300,14 @@ def summarise(x: np.ndarray, weights: np.ndarray | None = None) -> Summary:
 
 def _tensor(array: np.ndarray | Tensor) -> Tensor:
     if isinstance(array, Tensor):
-        return array
+        return array if array.dtype in (torch.float64, torch.float32) else array.double()
     plain = np.asarray(array)
     if plain.dtype not in (np.float64, np.float32):
         plain = plain.astype(np.float64)
-    elif not plain.flags.writeable:
-        # torch warns of memory that must not be written; nothing here writes to it, but a view cannot say so.
-        plain = np.array(plain)
+    elif not plain.flags.writeable or min(plain.strides, default=0) < 0:
+        # torch warns of memory that must not be written (nothing here writes to it, but a view cannot say so), and has no
+        # negative strides.
+        plain = np.array(plain, order="C")
     return torch.from_numpy(plain)
 
 
