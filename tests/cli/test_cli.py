@@ -171,6 +171,14 @@ def test_an_interrupted_training_goes_on(moe: Path, text: Path, tmp_path: Path):
         (["train", "{moe}", "--text", "{empty}"], "is empty"),
         (["train", "{moe}", "--text", "{binary}"], "is not UTF-8 text"),
         (["train", "{moe}", "--device", "warp"], "--device must be"),
+        (["train", "{moe}", "--text", "{text}", "--out", "{moe}"], "is also the source"),
+        (["train", "{moe}", "--text", "{text}", "--out", "{empty}"], "empty.txt is a file; give a directory to write"),
+        (["train", "{moe}", "--batch", "0"], "--batch must be at least 1 and --balance >= 0, got 0 and 0.01"),
+        (["train", "{moe}", "--balance", "-1"], "--batch must be at least 1 and --balance >= 0, got 4 and -1"),
+        (["train", "{bare}", "--text", "{text}", "--steps", "1"], "holds no tokenizer (tokenizer.json); copy the"),
+        (["inspect", "{moe}", "--report", "r.json"], "--report must end in .html, got 'r.json'"),
+        (["inspect", "{moe}", "--text", "{text}", "--samples", "0"], "must be at least 1, got 0"),
+        (["compare", "{moe}", "{dense}", "--report", "c.json"], "--report must end in .html, got 'c.json'"),
         (["generate", "{moe}", "   "], "prompt is empty"),
         (["generate", "{dense}", "1 + 1", "--decode", "self-contrast"], "Llama"),
         (["generate", "{moe}", "1 + 1", "--decode", "self-contrast", "--contrast", "best"], "must look like rank:2"),
@@ -198,7 +206,12 @@ def test_bad_input_is_one_clear_line(arguments, message, here, tiny_dense, moe, 
     pickled.mkdir()
     (pickled / "config.json").write_bytes((moe / "config.json").read_bytes())
     (pickled / "pytorch_model.bin").write_bytes(b"x")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((moe / name).read_bytes())
     places = {
+        "bare": bare,
         "text": text,
         "dense": tiny_dense,
         "moe": moe,

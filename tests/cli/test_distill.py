@@ -86,6 +86,7 @@ def test_a_dry_run_writes_nothing(here, pyramid, text, tmp_path):  # noqa: F811
         (("--layers", 1, "--stop", 2), "stop is a share of the steps and must be between 0 and 1, got 2.0"),
         (("--layers", 1, "--tau", 0), "tau must be > 0"),
         (("--layers", 1, "--steps", 0), "--steps must be at least 1, got 0"),
+        (("--layers", 1, "--batch", 0), "--batch must be at least 1 and --balance >= 0, got 0 and 0.01"),
         (("--layers", 1, "--device", "tpu9"), "--device must be"),
     ],
 )

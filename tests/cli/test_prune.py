@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 from mixtura.cli.prune_work import number_of
 from mixtura.data.parallel_texts import read_parallel, write_parallel
 from mixtura.lm.anatomy import find_moe
+from mixtura.lm.loading import load, save
 from mixtura.lm.multitask import translate
 
 CONFIG = {
@@ -102,12 +103,25 @@ def test_a_decoder_is_pruned_and_loads_as_its_family(here, moe, text, tmp_path):
     assert "2 of 4 experts a layer" in done.stdout and not (tmp_path / "dry").exists()
 
 
+def test_what_is_pruned_in_float32_is_stored_in_the_sources_type(here, moe, text, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("mixtura.lm.loading.bfloat16_over_float32", lambda: 0.1)  # a processor slow at 16 bits
+    half = tmp_path / "bfloat16"
+    model, tokenizer = load(moe)
+    save(model.to(torch.bfloat16), tokenizer, half, card={"title": "m", "base": ["x"], "recipe": "x", "command": "x"})
+    done = here("prune", half, "small", "--text", text, "--samples", 1, "--length", 32, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (("--experts", 9), "--experts 9 means 9 of 4 experts; give a share up to 1.0 or 1 to 4"),
         (("--experts", "half"), "--experts must be a share such as 0.5 or a number such as 4, got 'half'"),
-        (("--experts", 1), "keep must be between 2 (the experts that a token visits) and 4"),
+        (
+            ("--experts", 1, "--dry-run"),
+            "--experts 1 leaves 1 of 4 experts in model.layers.0.mlp, and a token visits 2",
+        ),
         (("--language", "de"), "--language goes with the encoder-decoder"),
         (("--samples", 0), "--samples must be at least 1, got 0"),
     ],

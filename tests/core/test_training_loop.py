@@ -101,6 +101,17 @@ def test_a_checkpoint_of_other_settings_or_another_model_is_refused(tmp_path: Pa
         fit(other, losses_of(other), TrainConfig(steps=4, checkpoint_every=2), out=tmp_path / "s")
 
 
+def test_a_run_that_trained_more_is_not_gone_on_with_less(tmp_path: Path):
+    """What is frozen now would silently be that of the beginning again."""
+    config, model = TrainConfig(steps=4, checkpoint_every=2), small_model()
+    fit(model, losses_of(model), config, out=tmp_path / "state")
+    fewer = small_model()
+    frozen, parameter = next(iter(fewer.named_parameters()))
+    parameter.requires_grad_(False)
+    with pytest.raises(ValueError, match=f"holds a run that also trains {frozen}; train the same parameters"):
+        fit(fewer, losses_of(fewer), config, out=tmp_path / "state")
+
+
 def test_the_mode_and_the_callers_generator_are_left_as_they_were():
     model = small_model().eval()
     torch.manual_seed(5)

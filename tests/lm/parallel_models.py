@@ -139,7 +139,8 @@ def replayed(bounds: list[int], step: int) -> Iterator[None]:
         made = by_part(lambda a, b: mix(self, hidden[a:b], None if mask is None else mask[a:b]))
         return torch.cat([y for y, _ in made]), _joined([routing for _, routing in made])
 
-    def selected(self, routing):
+    def selected(self, routing, tokens=None):
+        assert tokens is None
         length = len(routing.indices) // bounds[-1]
 
         def part(a, b):

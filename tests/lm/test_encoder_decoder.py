@@ -257,6 +257,18 @@ def test_gates_stay_in_float32_under_autocast():
     assert all(r.logits.dtype == torch.float32 for r in out.routing)
 
 
+def test_checkpointed_layers_refuse_chance_that_they_cannot_draw_again():
+    model = small().train()
+    model.activation_checkpointing_enable()
+    model.select_with(seeded(0))
+    source, labels = torch.tensor([[5, 6]]), torch.tensor([[7, 1]])
+    with pytest.raises(ValueError, match=r"gradient checkpointing needs torch's own chance; call select_with\(None\)"):
+        model(input_ids=source, labels=labels)
+    assert model.eval()(input_ids=source, labels=labels).loss.isfinite()  # nothing is drawn in evaluation
+    model.select_with(None)
+    model.train()(input_ids=source, labels=labels).loss.backward()
+
+
 def test_checkpointed_layers_draw_the_same_selection_again():
     def grads(checkpointed):
         model = small(capacity_factor=0.5).train()

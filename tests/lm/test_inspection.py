@@ -11,6 +11,7 @@ from mixtura.data.texts import corpus
 from mixtura.lm import inspect, upcycle
 from mixtura.lm.anatomy import find_moe
 from mixtura.lm.loading import load, load_tokenizer
+from mixtura.lm.prune_experts import prune
 from mixtura.lm.tokens import blocks
 
 
@@ -84,3 +85,11 @@ def test_a_dense_model_is_named(tiny_dense: Path):
     model, tokenizer = load(tiny_dense)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no mixture layers"):
         inspect(model, tokenizer, {"a": ["b"]})
+
+
+def test_a_layer_of_one_expert_is_even_and_its_report_is_written(tiny_dense: Path, tmp_path: Path):
+    model, tokenizer = upcycle(str(tiny_dense), method="copy", n_experts=2, top_k=1), load_tokenizer(tiny_dense)
+    alone = prune(model, None, 1, policy="random")
+    report = inspect(alone, tokenizer, {"sums": ["1 + 1 = 2\n" * 200]}, samples=1, length=32)
+    assert report.entropy == [1.0] * len(report.layers)
+    report.to_json(tmp_path / "r.json")  # which refuses NaN

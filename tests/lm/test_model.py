@@ -100,6 +100,22 @@ def test_padding_on_the_left_changes_nothing(name):
     torch.testing.assert_close(got, net(TOKENS).logits, **CLOSE)
 
 
+@pytest.mark.parametrize("router", ["linear", "sparsity"])
+@pytest.mark.parametrize("training", [False, True])
+def test_padding_takes_no_place_of_an_expert_with_a_limit(training, router):
+    limits = {"capacity_factor": 0.7, "eval_capacity_factor": 0.7, "min_capacity": 1, "capacity_policy": "prefix"}
+    net = model(num_experts=4, router=router, **limits).train(training)
+    row = TOKENS[:1]  # of several rows the first would take places of the others
+    padded = F.pad(row, (9, 0), value=0)
+    mask = (padded != 0).long()
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = net(padded, attention_mask=mask, position_ids=positions).logits[:, 9:]
+    want = net(row).logits
+    torch.testing.assert_close(got, want, **CLOSE)
+    unlimited = model(num_experts=4, router=router).train(training)
+    assert not torch.allclose(unlimited(row).logits, want, **CLOSE)  # the limit is felt
+
+
 def test_generate_continues_with_the_likeliest_tokens():
     net = model(**PARTS["attention experts"])
     got = net.generate(TOKENS, max_new_tokens=5, do_sample=False, eos_token_id=None)
@@ -234,11 +250,24 @@ def test_parameter_counts_of_the_papers_small_models():
         ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads=3"),
         ({"block": "parallel", "norm_placement": "after"}, "norm_placement='before' only"),
         ({"attention": "mixture", "attention_routing": "top2"}, "attention_experts >= 2"),
+        ({"hidden_size": 36}, r"head_dim must be even \(positions turn pairs of its coordinates\), got 9"),
+        ({"hidden_act": "gleu"}, "hidden_act must be one of .*'silu'.*, got 'gleu'"),
+        ({"num_experts": 4, "dense_layers": [2]}, r"dense_layers must lie in 0\.\.1, got \[2\]"),
+        ({"no_rope_layers": [-1]}, r"no_rope_layers must lie in 0\.\.1, got \[-1\]"),
     ],
 )
 def test_a_config_that_cannot_be_built_is_refused(parts, message):
     with pytest.raises(ValueError, match=message):
         MixturaConfig(**SHAPE | parts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_widths_that_the_grouped_product_refuses_are_computed_by_the_loop(dtype):
+    net = model(num_experts=4, hidden_size=36, num_attention_heads=2, moe_intermediate_size=10).to(dtype)
+    net(TOKENS, labels=TOKENS).loss.backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters())
+    assert net.get_experts_implementation()[""] == "eager"
+    assert model(num_experts=4).get_experts_implementation()[""] == "grouped_mm"
 
 
 def test_half_precision_keeps_its_dtype_and_stays_near():

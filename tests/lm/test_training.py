@@ -97,6 +97,28 @@ def test_what_cannot_be_trained_is_refused(moe, tiny_dense: Path):
         train(model, tokenizer, sums(), steps=1, length=32)
 
 
+def test_a_run_goes_on_only_with_what_it_trained_and_how_it_balanced(moe, tmp_path: Path):
+    model, tokenizer = moe
+    begun = {"steps": 2, "batch_size": 2, "length": 32, "checkpoint_every": 1, "out": tmp_path / "state"}
+    train(model, tokenizer, sums(), **begun)
+    for changed, message in (
+        ({"trainable": "router"}, "holds a run with trainable=None, this one has 'router'"),
+        ({"layers": [0]}, "holds a run with layers=None, this one has"),
+        ({"balance": 0.1}, "holds a run with balance=None, this one has 0.1"),
+        ({"z": 0.0}, "holds a run with z=None, this one has 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(model, tokenizer, sums(), **begun | changed)
+    assert train(model, tokenizer, sums(), **begun).resumed_at == 2
+
+
+@pytest.mark.parametrize(("argument", "value"), [("balance", -0.1), ("z", float("nan")), ("batch_size", 0)])
+def test_a_number_that_makes_no_sense_is_named(argument, value, moe):
+    model, tokenizer = moe
+    with pytest.raises(ValueError, match=f"{argument} must be"):
+        train(model, tokenizer, sums(), steps=1, length=32, **{argument: value})
+
+
 def test_the_config_says_whether_each_sequence_and_which_devices_are_balanced():
     from mixtura.core.balance import device_balance_loss, load_balance_loss
     from mixtura.lm.model import MixturaConfig, MixturaForCausalLM

@@ -75,6 +75,8 @@ def distill(
     check_writable(destination, [teacher])
     if steps < 1:
         raise ValueError(f"--steps must be at least 1, got {steps}")
+    if batch < 1 or not balance >= 0:
+        raise ValueError(f"--batch must be at least 1 and --balance >= 0, got {batch} and {balance:g}")
     schedule = StagedDistillation(stop=stop, beta=beta, tau=tau)
     config = loading.load_config(teacher)
     size = cost.model_size(loading.empty_model(student_config(config, kept_layers(config, layers))))

@@ -274,6 +274,8 @@ def train(
     from mixtura.cli import work
     from mixtura.cli.multitask_work import is_multitask, train_multitask
 
+    if batch < 1 or not balance >= 0:
+        raise ValueError(f"--batch must be at least 1 and --balance >= 0, got {batch} and {balance:g}")
     source = Path(directory)
     run = train_multitask if is_multitask(directory) else work.train
     run(

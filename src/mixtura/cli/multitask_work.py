@@ -110,8 +110,7 @@ def train_multitask(
     from mixtura.cli.train_parallel import team_of
 
     check_device(device)
-    if not source.endswith(".json"):
-        check_writable(out, [source])
+    check_writable(out, [source])
     if options["trainable"] != "all" or "masks" in options:
         raise ValueError("--trainable and --masks are for decoders; the encoder-decoder trains as a whole")
     with team_of(parallel, device, say) as (team, device, say):
@@ -165,7 +164,10 @@ def _train(
         return loss
 
     state = out.with_name(f"{out.name}.state")
-    facts = {"pairs": {"-".join(pair): len(part) for pair, part in train.items()}, "batch_size": options["batch_size"]}
+    facts: dict[str, Any] = {"pairs": {"-".join(pair): len(part) for pair, part in train.items()}}
+    facts["batch_size"] = options["batch_size"]
+    if options["balance"] != 0.01:  # so that a run from before it was compared goes on
+        facts["balance"] = options["balance"]
     config = TrainConfig(
         steps=options["steps"], lr=options["lr"], checkpoint_every=options["checkpoint_every"], seed=options["seed"]
     )

@@ -10,7 +10,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from mixtura.lm.parallel.cluster import Cluster, ModelShape
     from mixtura.lm.parallel.load_trace import LoadTrace
-    from mixtura.lm.parallel.plan import Memory
+    from mixtura.lm.parallel.plan import Memory, Sizes
     from mixtura.lm.parallel.simulate import SimReport
 
 __all__ = ["add_to"]
@@ -32,7 +32,11 @@ def add_to(app: typer.Typer) -> None:
 
 def plan(
     source: Annotated[
-        str, typer.Argument(metavar="CONFIG_OR_DIR", help="Config file of a model of experts, or a checkpoint of one.")
+        str,
+        typer.Argument(
+            metavar="CONFIG_OR_DIR",
+            help="Config file of a model of experts (ours, or a config.json of a transformers family), or a checkpoint of one.",
+        ),
     ],
     gpus: Annotated[int, typer.Option(min=1, help="Devices.")] = 8,
     memory: Annotated[float, typer.Option(help="Gigabytes (10^9) of one device.")] = 80.0,
@@ -80,22 +84,29 @@ def plan(
         check_picture(plot, "--plot")
     if out is not None and out.suffix != ".json":
         raise ValueError(f"--out must end in .json, got {out}")
-    shape = _shape(source)
+    shape, sizes = _shape(source)
     machines = Cluster.preset(cluster, gpus)
     trace = _trace(source, shape, machines, loads, text, record, skew, tokens, iterations, seed)
-    needs = _memory(shape, gpus, capacity)
-    times = _times(trace, shape, machines, capacity)
-    skewed, drift, _ = trace.fit()
-    console.print(
-        f"{(shape.other_parameters + shape.routed_parameters) / 1e9:,.2f} billion parameters, "
-        f"{shape.routed_parameters / 1e9:,.2f} in {sum(shape.experts):,} experts; {gpus} devices of {memory:g} GB. "
-        f"Loads: busiest expert {trace.imbalance:.1f} times the mean (skew {skewed:.2f}, drift {drift:.2f}).",
-        soft_wrap=True,
+    needs = _memory(shape, sizes, gpus, capacity)
+    times = {} if trace is None else _times(trace, shape, machines, capacity)
+    said = (
+        f"{(sizes.other + sizes.experts) / 1e9:,.2f} billion parameters, {sizes.experts / 1e9:,.2f} in "
+        f"{sum(shape.experts):,} experts; {gpus} devices of {memory:g} GB."
     )
+    if trace is not None:
+        skewed, drift, _ = trace.fit()
+        said += f" Loads: busiest expert {trace.imbalance:.1f} times the mean (skew {skewed:.2f}, drift {drift:.2f})."
+    console.print(said, soft_wrap=True)
     wide = Console(highlight=False, width=max(console.width, 110))
     wide.print(_memory_table(needs, memory, host))
     if times:
         wide.print(_time_table(times))
+    elif trace is None:
+        console.print(
+            f"No times: loads are modelled for layers with one number of experts, and these have "
+            f"{sorted(set(shape.experts) - {0})}.",
+            soft_wrap=True,
+        )
     else:
         console.print(
             f"No times: they are modelled where the devices divide the experts of every layer, and {gpus} does not divide "
@@ -109,16 +120,40 @@ def plan(
         draw(plot, needs, times, memory, NAMES)
         console.print(f"wrote {plot}")
     if out is not None:
-        write_json(out, _figures(shape, machines, trace, needs, times))
+        write_json(out, _figures(shape, sizes, machines, trace, needs, times))
         console.print(f"wrote {out}")
 
 
-def _shape(source: str) -> "ModelShape":
-    from mixtura.cli.train_new import config_of, is_config
+def _shape(source: str) -> tuple["ModelShape", "Sizes"]:
+    """The model as the cost model sees it, and its parameters, counted one by one."""
     from mixtura.lm import loading
     from mixtura.lm.parallel.cluster import ModelShape
+    from mixtura.lm.parallel.plan import sizes_of
 
-    return ModelShape.of(config_of(source) if is_config(source) else loading.load_config(source))
+    config = _config(source)
+    shape = ModelShape.of(config)
+    counted = sizes_of(loading.empty_model(config))
+    return shape, counted if counted.experts else sizes_of(shape)
+
+
+def _config(source: str) -> Any:
+    """Config of a checkpoint, of a file with fields of ours, or of a ``config.json`` of a transformers family."""
+    from transformers import AutoConfig
+
+    from mixtura.cli.train_new import config_of, is_config
+    from mixtura.core.checkpoint import read_json
+    from mixtura.lm import loading
+
+    if not is_config(source):
+        return loading.load_config(source)
+    fields = read_json(source) if Path(source).is_file() else {}
+    family = fields.pop("model_type", "mixtura")
+    if family == "mixtura":
+        return config_of(source)
+    try:
+        return AutoConfig.for_model(family, **fields)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{source} is no config that transformers builds: {str(error).splitlines()[0]}") from error
 
 
 def _trace(
@@ -132,12 +167,17 @@ def _trace(
     tokens: int,
     iterations: int,
     seed: int,
-) -> "LoadTrace":
+) -> "LoadTrace | None":
+    """Loads to model times with; None for layers that differ in their number of experts."""
     from mixtura.lm.parallel.load_trace import LoadTrace, synthesize_loads
 
     counts = set(shape.experts) - {0}
     if len(counts) > 1:
-        raise ValueError(f"loads are modelled for layers with one number of experts, got {sorted(counts)}")
+        if loads is not None or text:
+            raise ValueError(
+                f"loads are modelled for layers with one number of experts, got {sorted(counts)}; leave --loads and --text out"
+            )
+        return None
     (n_experts,) = counts
     rows = tokens * shape.top_k * machines.devices
     if loads is not None and text:
@@ -172,7 +212,7 @@ def _recorded(source: str, text: list[Path], iterations: int, seed: int) -> "Loa
     return record_loads(model.eval(), (mixed_batch_at(rows, shares, step, 8, seed=seed) for step in steps))
 
 
-def _memory(shape: "ModelShape", gpus: int, capacity: int) -> dict[str, "Memory"]:
+def _memory(shape: "ModelShape", sizes: "Sizes", gpus: int, capacity: int) -> dict[str, "Memory"]:
     from mixtura.lm.parallel.mesh import make_mesh
     from mixtura.lm.parallel.plan import FORMS, memory
 
@@ -188,8 +228,8 @@ def _memory(shape: "ModelShape", gpus: int, capacity: int) -> dict[str, "Memory"
         repeats = mesh.expert_data > 1
         if tensor == 1 and ((repeats and form in ("E", "E+Z")) or (not repeats and "D" in words)):
             continue  # with several groups of experts the form has a D, and only then
-        found[form] = memory(shape, mesh, form, capacity=capacity)
-    found["hecate, freed"] = memory(shape, make_mesh(gpus), "hecate", capacity=capacity, rematerialize=True)
+        found[form] = memory(sizes, mesh, form, capacity=capacity)
+    found["hecate, freed"] = memory(sizes, make_mesh(gpus), "hecate", capacity=capacity, rematerialize=True)
     return found
 
 
@@ -253,8 +293,9 @@ def _advice(needs: dict[str, "Memory"], times: dict[str, "SimReport"], memory: f
 
 def _figures(
     shape: "ModelShape",
+    sizes: "Sizes",
     machines: "Cluster",
-    trace: "LoadTrace",
+    trace: "LoadTrace | None",
     needs: dict[str, "Memory"],
     times: dict[str, "SimReport"],
 ) -> dict[str, Any]:
@@ -262,8 +303,9 @@ def _figures(
 
     return {
         "model": asdict(shape),
+        "parameters": {"all": sizes.other + sizes.experts, "experts": sizes.experts},
         "cluster": asdict(machines),
-        "imbalance": trace.imbalance,
+        "imbalance": None if trace is None else trace.imbalance,
         "memory": {form: {"device": need.device, "host": need.host, **need.parts} for form, need in needs.items()},
         "seconds": {
             system: {"all": report.seconds, **report.phases, "knobs": dict(report.knobs)}

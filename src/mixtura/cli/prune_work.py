@@ -74,6 +74,12 @@ def run(
     if not blocks:
         raise ValueError(f"{source} has no mixture layers, so it has no experts to take out")
     keep = {block.name: number_of(experts, block.n_experts) for block in blocks}
+    for block in blocks:
+        if keep[block.name] < block.k:
+            raise ValueError(
+                f"--experts {experts} leaves {keep[block.name]} of {block.n_experts} experts in {block.name}, and a token visits "
+                f"{block.k}; give at least {block.k}"
+            )
     size = cost.model_size(empty)
     tokens = samples * length * (ROWS if both else max(1, len(text or [0])))
     said = ", ".join(sorted({f"{keep[block.name]} of {block.n_experts}" for block in blocks}))
@@ -107,7 +113,9 @@ def run(
         "usage": usage(out, languages[0] if languages else "de") if both else usage_of(model, out),
         "source": "2109.10465",
     }
-    loading.save(model, tokenizer, out, card=card)
+    # Back to the checkpoint's type, which `quick` may have left.
+    stored = getattr(empty.config, "dtype", None)
+    loading.save(model.to(stored) if isinstance(stored, torch.dtype) else model, tokenizer, out, card=card)
     say(f"{out}: {small.total / 1e6:,.1f} M parameters, of {size.total / 1e6:,.1f} M before")
 
 

@@ -111,6 +111,7 @@ def train(
     from mixtura.cli.train_parallel import team_of
 
     check_device(device)
+    check_writable(out, [source])
     with team_of(parallel, device, say) as (team, device, say):
         _train(source, out, text, options, team, device=device, dry_run=dry_run, command=command, say=say)
 
@@ -274,6 +275,7 @@ def inspect(
     from mixtura.lm import inspect as run
 
     check_device(device)
+    _check_page(report)
     domains = domains_of(text)
     size = cost.model_size(loading.empty_model(loading.load_config(source)))
     tokens = samples * length * len(domains)
@@ -305,6 +307,7 @@ def compare(
     from mixtura.lm.report import terminal_table
 
     check_device(device)
+    _check_page(report)
     if plot is not None:
         check_picture(plot, "--plot")
     domains = domains_of(text)
@@ -458,6 +461,12 @@ def domains_of(text: Sequence[Path] | None) -> dict[str, Corpus]:
             name = str(path)
         found[name] = split(name, read_texts([path]))
     return found
+
+
+def _check_page(report: Path) -> None:
+    """Refuse a report that is no page: the figures, in a .json file of the same name, would be written over it."""
+    if report.suffix != ".html":
+        raise ValueError(f"--report must end in .html, got {report.name!r}")
 
 
 def enough(tokenizer: Any, part: Corpus, length: int) -> bool:

@@ -363,6 +363,9 @@ def _restore(
                     "give the same settings, another directory, or turn resume off"
                 )
     tensors = load_file(out / STATE)
+    learned = {name.removeprefix("weight/") for name in tensors if name.startswith("weight/")}
+    if more := sorted(learned - {team.name(own) for own in trained}):
+        raise ValueError(f"{out} holds a run that also trains {more[0]}; train the same parameters, or turn resume off")
     for own, p in trained.items():
         name = team.name(own)
         saved = tensors.get(f"weight/{name}")

@@ -173,7 +173,9 @@ def inspect(
         model.train(mode)
     load = by_domain.sum(1)
     load = load / load.sum(-1, keepdim=True)
-    entropy = -(load * load.clamp(min=1e-30).log()).sum(-1) / torch.tensor(each, dtype=torch.float64).log()
+    most = torch.tensor(each, dtype=torch.float64).log()
+    # A single expert shares evenly with itself; its entropy and the most there could be are both 0.
+    entropy = torch.where(most > 0, -(load * load.clamp(min=1e-30).log()).sum(-1) / most, 1.0)
     return RoutingReport(
         domains=list(texts),
         layers=[block.name for block in found],

@@ -29,6 +29,8 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+TOKENIZER_FILES = ("*token*", "*vocab*", "*merges*", "*.model", "*.tiktoken", "*.spm", "*.bpe")  # names in use
+
 
 class CheckpointError(ValueError):
     """The path is no checkpoint that can be loaded; the message says what is missing and what would do."""
@@ -70,7 +72,16 @@ def load_config(source: str | Path) -> Any:
 
 
 def load_tokenizer(source: str | Path) -> Any:
-    """Tokenizer of a checkpoint; its padding token is the end token where it has none."""
+    """Tokenizer of a checkpoint; its padding token is the end token where it has none.
+
+    Raises:
+        CheckpointError: a directory without one, or one that does not load.
+    """
+    if Path(source).is_dir() and not any(list(Path(source).glob(name)) for name in TOKENIZER_FILES):
+        raise CheckpointError(
+            f"{source} holds no tokenizer (tokenizer.json); copy the tokenizer's files there from the model it was made of, or "
+            "save them with tokenizer.save_pretrained"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:

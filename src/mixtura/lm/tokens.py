@@ -52,10 +52,12 @@ def blocks(tokenizer: Any, texts: Sequence[str], length: int, *, limit: int | No
     Returns:
         Token ids, int64, shape (N, length); what does not fill the last block is dropped.
     Raises:
-        ValueError: the texts do not fill one block.
+        ValueError: the texts do not fill one block, or a length or limit below what makes sense.
     """
     if length < 2:
         raise ValueError(f"length must be at least 2, since each token is predicted from those before it, got {length}")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit, the number of blocks or samples, must be at least 1, got {limit}")
     end = tokenizer.eos_token_id
     ids: list[int] = []
     for text in texts:
@@ -105,6 +107,8 @@ def mixed_batch_at(
     Returns:
         Shape (B, L).
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if unknown := sorted(set(shares) - set(sources)):
         raise ValueError(f"shares name {unknown}, sources hold {sorted(sources)}")
     names = [name for name, share in shares.items() if share > 0]

@@ -77,14 +77,18 @@ def train(
         The losses, one a step.
     Raises:
         TypeError: the weights are not float32.
-        ValueError: too little text, unknown shares, nothing to train, ``masks`` for a model without any or over processes, fewer
-            rows than processes, or processes with other data or another model than the first.
+        ValueError: too little text, unknown shares, nothing to train, a weight below 0, ``masks`` for a model without any or over
+            processes, fewer rows than processes, processes with other data or another model than the first, or a checkpoint in
+            ``out`` of a run with other settings.
         NonFiniteLoss: the loss became NaN; the weights are those before the step.
     """
     if wrong := sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {"torch.float32"}):
         raise TypeError(
             f"model must be in float32 to be trained, got {', '.join(wrong)}; load it with dtype=torch.float32"
         )
+    for name, weight in (("balance", balance), ("z", z)):
+        if not weight >= 0:
+            raise ValueError(f"{name} must be >= 0 (0 leaves it out), got {weight}")
     domains = texts if isinstance(texts, Mapping) else {"text": texts}
     limit = max(64, 4 * steps * batch_size)
     sources = {name: blocks(tokenizer, part, length, limit=limit) for name, part in domains.items()}
@@ -108,7 +112,12 @@ def train(
         with mixed:
             return language_loss(model, ids, balance=balance if moe else 0.0, z=z if moe else 0.0, shared=shared)
 
-    facts = {name: [len(rows), int(rows.sum() % 2**31)] for name, rows in sources.items()} | {"batch_size": batch_size}
+    facts: dict[str, Any] = {name: [len(rows), int(rows.sum() % 2**31)] for name, rows in sources.items()}
+    facts["batch_size"] = batch_size
+    chosen = {"trainable": trainable, "layers": layers and list(layers), "balance": balance, "z": z}
+    usual = {"trainable": "all", "layers": None, "balance": 0.01, "z": 0.001}
+    # Only what is not usual, so that a run from before they were compared goes on.
+    facts |= {name: value for name, value in chosen.items() if value != usual[name]}
     with select_trainable(model, trainable, layers=layers):
         moving = _moving(model, masks, steps, seed)
         if team is not None:

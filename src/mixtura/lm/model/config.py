@@ -6,6 +6,7 @@ Every dense family that :mod:`mixtura.lm.families` reads is one setting of these
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 __all__ = ["MixturaConfig"]
 
@@ -56,7 +57,8 @@ class MixturaConfig(PreTrainedConfig):
             units on it (MoE-X; with ``hidden_act="relu"`` it means that exactly). Its scores are bounded, so they get no z loss.
         router_statistics: of the sparsity router; see :mod:`mixtura.core.sparsity_gate`.
         capacity_factor, eval_capacity_factor: an expert takes at most max(ceil(T K / E * factor), min_capacity) of T tokens, in
-            training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert.
+            training and in evaluation; 0 for no limit. A pair over it gets nothing from that expert; padding that an
+            attention mask marks takes no place.
         min_capacity: places that every expert has.
         capacity_policy, capacity_groups: which tokens stay in training: ``random`` ones, the first (``prefix``), the first of
             each of so many spans (``group``) or those with the largest gates (``probs``). In evaluation the first stay.
@@ -193,9 +195,20 @@ def _check(config: MixturaConfig) -> None:
     for name, known in CHOICES.items():
         if getattr(config, name) not in known:
             raise ValueError(f"{name} must be one of {list(known)}, got {getattr(config, name)!r}")
+    if config.hidden_act not in ACT2FN:
+        raise ValueError(f"hidden_act must be one of {sorted(ACT2FN)}, got {config.hidden_act!r}")
+    for name in ("dense_layers", "no_rope_layers"):
+        if wrong := [i for i in getattr(config, name) if not 0 <= i < config.num_hidden_layers]:
+            raise ValueError(f"{name} must lie in 0..{config.num_hidden_layers - 1}, got {wrong}")
     heads, kv = config.num_attention_heads, config.num_key_value_heads
     if heads % kv:
         raise ValueError(f"num_attention_heads={heads} must be a multiple of num_key_value_heads={kv}")
+    partly = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0) != 1.0
+    if config.attention != "latent" and config.head_dim % 2 and not partly:
+        raise ValueError(
+            f"head_dim must be even (positions turn pairs of its coordinates), got {config.head_dim}; give it, or a hidden_size "
+            f"that {heads} heads divide into even widths"
+        )
     if isinstance(config.num_experts, int) and config.num_experts < 0:
         raise ValueError(f"num_experts must be >= 0, got {config.num_experts}")
     fewest = min(config.expert_counts(), default=0)

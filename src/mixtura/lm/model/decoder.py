@@ -27,7 +27,7 @@ from mixtura.core.shared_batch import SharedBatch
 from mixtura.lm.model.attention import Attention, AttentionMixture, MixturaRotaryEmbedding, _AttentionCore
 from mixtura.lm.model.config import MixturaConfig
 from mixtura.lm.model.latent_attention import LatentAttention
-from mixtura.lm.model.parts import Experts, MixturaRMSNorm, MixturaRouter, make_feed_forward, make_norm
+from mixtura.lm.model.parts import Experts, ExpertsBlock, MixturaRMSNorm, MixturaRouter, make_feed_forward, make_norm
 from mixtura.lm.token_loss import next_token_loss
 
 __all__ = ["MixturaForCausalLM", "MixturaLayer", "MixturaModel", "routing_loss"]
@@ -51,20 +51,24 @@ class MixturaLayer(GradientCheckpointingLayer):
             if config.block != "parallel":
                 self.post_attention_layernorm = make_norm(config)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, hidden_states: Tensor, tokens: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """(B, L, D) -> (B, L, D); ``tokens`` (B, L) is false at padding, for experts with a limit."""
         x = hidden_states
         if self.after:
             x = x + self.post_attention_layernorm(self.self_attn(x, **kwargs)[0])
-            return x + self.post_feedforward_layernorm(self.mlp(x))
+            return x + self.post_feedforward_layernorm(self._fed(x, tokens))
         h = self.input_layernorm(x)
         attended = self.self_attn(h, **kwargs)[0]
         if self.block == "parallel":
-            return x + attended + self.mlp(h)
+            return x + attended + self._fed(h, tokens)
         if self.block == "parallel_two_norms":
-            return x + attended + self.mlp(self.post_attention_layernorm(x))
+            return x + attended + self._fed(self.post_attention_layernorm(x), tokens)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self._fed(self.post_attention_layernorm(x), tokens)
+
+    def _fed(self, x: Tensor, tokens: Tensor | None) -> Tensor:
+        fed: Tensor = self.mlp(x) if tokens is None or not isinstance(self.mlp, ExpertsBlock) else self.mlp(x, tokens)
+        return fed
 
 
 class MixturaPreTrainedModel(PreTrainedModel):
@@ -87,6 +91,14 @@ class MixturaPreTrainedModel(PreTrainedModel):
         "hidden_states": MixturaLayer,
         "attentions": OutputRecorder(_AttentionCore, index=1),
     }
+
+    def get_correct_experts_implementation(self, requested_experts: str | None) -> str:
+        """What is asked for; where nothing is, the plain loop for widths that torch's grouped product refuses."""
+        # It wants rows of whole 16 bytes; multiples of 8 have them in 16-bit floats too, which autocast may make of float32.
+        odd = self.config.hidden_size % 8 or self.config.moe_intermediate_size % 8
+        return super().get_correct_experts_implementation(
+            "eager" if requested_experts is None and odd else requested_experts
+        )
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -146,6 +158,8 @@ class MixturaModel(MixturaPreTrainedModel):
             position_ids=position_ids,
         )
         tables = self.rotary_emb(x, position_ids=position_ids)
+        if self.config.capacity_factor or self.config.eval_capacity_factor:
+            kwargs["tokens"] = _tokens(attention_mask, x)
         for layer in self.layers:
             x = layer(x, position_embeddings=tables, attention_mask=mask, past_key_values=past_key_values, **kwargs)
         return MoeModelOutputWithPast(last_hidden_state=self.norm(x), past_key_values=past_key_values)
@@ -253,6 +267,13 @@ class MixturaForCausalLM(MixturaPreTrainedModel, GenerationMixin):
             self.config, lambda name: state[name].clone(), family=family, generation_config=self.generation_config
         )
         save_checkpoint(native, save_directory)
+
+
+def _tokens(attention_mask: Any, x: Tensor) -> Tensor | None:
+    """Where tokens and not padding stand, (B, L), of a mask (B, past and L); None where it does not say."""
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2 or attention_mask.shape[1] < x.shape[1]:
+        return None
+    return attention_mask[:, -x.shape[1] :].bool()
 
 
 def routing_loss(

@@ -301,7 +301,7 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
         self.encoder.embed_tokens = self.decoder.embed_tokens = cast(nn.Embedding, value)
 
     def select_with(self, generator: torch.Generator | None) -> None:
-        """Let random selection in training draw from this generator; None: torch's own."""
+        """Let random selection in training draw from this generator; None: torch's own, which gradient checkpointing needs."""
         for module in self.modules():
             if isinstance(module, LimitedExpertsBlock):
                 module.generator = generator
@@ -339,7 +339,13 @@ class MultitaskMoEForConditionalGeneration(MultitaskMoEPreTrainedModel, Generati
             labels: (B, L), -100 where no loss is wanted.
             use_cache: keep keys and values; by default where there are no labels.
             shared_batch: processes that hold the other rows: the mean of their losses is then the loss of all rows.
+        Raises:
+            ValueError: neither labels nor decoder ids, or gradient checkpointing with a generator of :meth:`select_with`.
         """
+        again = self.training and (self.encoder.gradient_checkpointing or self.decoder.gradient_checkpointing)
+        if again and any(getattr(module, "generator", None) is not None for module in self.modules()):
+            # A layer that is computed again would draw other tokens than at first, and its gradients be wrong.
+            raise ValueError("gradient checkpointing needs torch's own chance; call select_with(None) before training")
         if decoder_input_ids is None:
             if labels is None:
                 raise ValueError("give labels or decoder_input_ids, got neither")

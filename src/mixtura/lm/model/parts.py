@@ -7,6 +7,7 @@ The block of experts speaks transformers' own interface, so everything that unde
 ``config._experts_implementation``.
 """
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -105,23 +106,35 @@ class MixturaRouter(nn.Module):
         self.groups = config.capacity_groups
         self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(..., D) -> logits (T, E), weights (T, K) in the dtype of x, indices (T, K)."""
+    def forward(self, x: Tensor, *, tokens: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(..., D) -> logits (T, E), weights (T, K) in the dtype of x, indices (T, K).
+
+        ``tokens``, as many bools, is false at padding, which then visits no expert and takes no place of one.
+        """
         x_TD = x.reshape(-1, x.shape[-1])
         if self.float32:
             with torch.autocast(x.device.type, enabled=False):
                 logits_TE = F.linear(x_TD.float(), self.weight.float())
         else:
             logits_TE = F.linear(x_TD, self.weight)
-        routing = self._limited(top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob))
+        routing = self._limited(top_k(logits_TE, self.top_k, renormalise=self.norm_topk_prob), tokens)
         return logits_TE, routing.weights.to(x.dtype), routing.indices
 
-    def _limited(self, routing: Routing) -> Routing:
+    def _limited(self, routing: Routing, tokens: Tensor | None = None) -> Routing:
         """The routing with the pairs over an expert's capacity left out."""
         factor = self.capacity_factors[0 if self.training else 1]
         if not factor:
             return routing
-        limit = capacity(len(routing.indices), self.num_experts, factor * self.top_k, minimum=self.min_capacity)
+        n_tokens = len(routing.indices)
+        if tokens is not None:
+            padding_T1 = ~tokens.reshape(-1, 1)
+            n_tokens -= int(padding_T1.sum())
+            routing = replace(
+                routing,
+                indices=routing.indices.masked_fill(padding_T1, self.num_experts),
+                weights=routing.weights.masked_fill(padding_T1, 0.0),
+            )
+        limit = capacity(n_tokens, self.num_experts, factor * self.top_k, minimum=self.min_capacity)
         policy = self.policy if self.training else "prefix"
         return limit_capacity(routing, limit, policy=policy, groups=self.groups if policy == "group" else 1)
 
@@ -140,13 +153,19 @@ class SparsityRouter(MixturaRouter):
         self.sparsity = SparsityAwareGate(self.top_k, statistics=cast(Statistics, config.router_statistics))
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, up: Tensor, up_bias: Tensor | None = None, *, gather: Gather | None = None
+        self,
+        x: Tensor,
+        up: Tensor,
+        up_bias: Tensor | None = None,
+        *,
+        gather: Gather | None = None,
+        tokens: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (..., D), experts' input matrices (E, H, D) and biases (E, H) -> scores (T, E), weights and indices (T, K).
 
         Of experts that lie in several processes the matrices are those of this one, and ``gather`` asks the others.
         """
-        routing = self._limited(self.sparsity(x, up, up_bias, gather=gather))
+        routing = self._limited(self.sparsity(x, up, up_bias, gather=gather), tokens)
         return routing.logits, routing.weights.to(x.dtype), routing.indices
 
 
@@ -265,15 +284,16 @@ class ExpertsBlock(nn.Module):
         weighted = config.shared_combine == "coefficient"
         self.shared_coefficient = nn.Linear(config.hidden_size, 2) if weighted else None
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(B, L, D) -> (B, L, D)."""
+    def forward(self, hidden_states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """(B, L, D) -> (B, L, D); ``tokens`` (B, L) is false at padding, which takes no place of a limited expert."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
+        padded = {} if tokens is None else {"tokens": tokens}  # any gate(x) will do where nothing is padded
         if isinstance(self.gate, SparsityRouter):
             own = getattr(self.experts, "local_experts", self.experts)  # of a model spread over processes
             gather = getattr(self.experts, "gathered_statistics", None)
-            _, weights_TK, indices_TK = self.gate(x_TD, *inner_weights(own), gather=gather)
+            _, weights_TK, indices_TK = self.gate(x_TD, *inner_weights(own), gather=gather, **padded)
         else:
-            _, weights_TK, indices_TK = self.gate(x_TD)
+            _, weights_TK, indices_TK = self.gate(x_TD, **padded)
         y_TD = self.experts(x_TD, indices_TK, weights_TK)
         if self.shared_expert is not None:
             shared_TD = self.shared_expert(x_TD)

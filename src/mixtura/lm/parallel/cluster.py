@@ -183,6 +183,8 @@ class ModelShape:
         dense = read("dense_layers", "mlp_only_layers", default=None) or range(read("first_k_dense_replace", default=0))
         for layer in dense:
             per_layer[layer] = 0
+        every = read("decoder_sparse_step", default=1) or 1  # Qwen's; layers without experts between those with them
+        per_layer = [count if (layer + 1) % every == 0 else 0 for layer, count in enumerate(per_layer)]
         if not any(per_layer):
             raise ValueError("config has no routed experts, so there is nothing to place; give a mixture of experts")
         heads, width = read("num_attention_heads"), read("hidden_size")

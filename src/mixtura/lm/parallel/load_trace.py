@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -98,12 +98,15 @@ class LoadTrace:
         """Read what :meth:`save` wrote.
 
         Raises:
-            ValueError: the file has no ``counts``.
+            ValueError: no safetensors file, or one without ``counts``.
         """
-        with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
-            if "counts" not in file.keys():  # noqa: SIM118 (no mapping)
-                raise ValueError(f"{path} is no trace of loads: it has no tensor named counts")
-            return LoadTrace(file.get_tensor("counts").numpy())
+        try:
+            with safe_open(path, "pt") as file:  # type: ignore[no-untyped-call]
+                if "counts" not in file.keys():  # noqa: SIM118 (no mapping)
+                    raise ValueError(f"{path} is no trace of loads: it has no tensor named counts")
+                return LoadTrace(file.get_tensor("counts").numpy())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is no trace of loads, which is a safetensors file ({error})") from error
 
 
 def _rounded(weights: NDArray[np.float64], rows: int) -> NDArray[np.int64]:
