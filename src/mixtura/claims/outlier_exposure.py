@@ -42,20 +42,23 @@ ENERGY_CLIP = 10.0  # a help to that baseline alone: its squared margins make th
 GARMENTS, GARMENTS_OUT = (0, 3, 4), (2, 6)  # T-shirt, dress and coat; pullover and shirt
 
 LIMITS = (
-    "Small grey images and a dense network trained from nothing; the paper has pretrained ResNet-50s on photographs of birds,"
-    " butterflies, cars and aircraft, of which this says nothing. Held-out digits are fine only by the split; garments are. "
-    "Weights are chosen by fine detection alone, on inner tasks where two known digits (one known garment) are held out, each"
-    " method from as many candidates as it has there: OE 4, energy 4, MixOE 8, four for each operator; OE-M has OE's. A "
-    "candidate that diverges is not chosen; energy alone has its gradients clipped, without which it diverges. The last "
-    "weights count, where the official code keeps the epoch with the best validation accuracy. The distance of confidence "
-    "from the share is measured on blends, where a share means the same everywhere, with the MixOE that was trained on "
-    "blends; with boxes (gap_..._cutmix_pairs) neither method is near, since a box may miss the digit. Letters look like "
-    "digits more than anything in the paper's coarse sets looks like a bird. The one check that fails is the ratio: tuned "
-    "outlier exposure stays near the share on these blends too (0.11), where the model that saw known rows only is 0.34 away,"
-    " so 'at least twice as near' asks for more than there is to gain. Splits 0 to 2 were looked at while building. A first "
-    "run of split 0, tuned on one inner task and with the distance on boxes as well, fell short of outlier exposure in fine "
-    "detection; three inner tasks and blends came after it, then gradients of every method clipped at norm 10, which was "
-    "dropped, since the paper's protocol has none."
+    "Small grey images and a dense network trained from nothing; the paper has pretrained ResNet-50s on photographs of "
+    "birds, butterflies, cars and aircraft, of which this says nothing. Held-out digits are fine only by the split; "
+    "garments are. Weights are chosen by fine detection alone, on inner tasks where two known digits (one known garment) "
+    "are held out, each method from as many candidates as it has there: OE 4, energy 4, MixOE 8, four for each operator; "
+    "OE-M has OE's. A candidate that diverges is not chosen; energy alone has its gradients clipped, without which it "
+    "diverges. The last weights count, where the official code keeps the epoch with the best validation accuracy. The "
+    "distance of confidence from the share is measured on blends, where a share means the same everywhere, with the "
+    "MixOE that was trained on blends; with boxes (gap_..._cutmix_pairs) neither method is near, since a box may miss "
+    "the digit. Letters look like digits more than anything in the paper's coarse sets looks like a bird. One check "
+    "fails, on garments: 1.0 point over outlier exposure (-2.5 to 4.9 by split), where 2 were asked for. Garments "
+    "scatter, since one known garment that is held out says little about the two that are judged. Both, like the paper, "
+    "are near the base model there (0.62, 0.61 and 0.59). With 10 epochs of fine-tuning, a sixth of the updates that the "
+    "paper's 10 epochs are, garments had 3.4 points and another check failed, the ratio of the distances (1.6, now 2.4); "
+    "the other margins have grown. Splits 0 to 2 were looked at while building. A first run of split 0, tuned on one "
+    "inner task and with the distance on boxes as well, fell short of outlier exposure in fine detection; three inner "
+    "tasks and blends came after it, then gradients of every method clipped at norm 10, which was dropped, since the "
+    "paper's protocol has none."
 )
 
 Images = NDArray[np.float32]

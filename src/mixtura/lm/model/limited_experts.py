@@ -25,7 +25,7 @@ class WideRouter(MixturaRouter):
         super().__init__(config, num_experts)
         self.jitter = config.router_jitter
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[override]  # `mix` knows of padding
         """(T, D) -> logits (T, E), float32, weights (T, 1) in the dtype of x, indices (T, 1)."""
         x_TD = x.reshape(-1, x.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
