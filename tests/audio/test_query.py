@@ -206,6 +206,8 @@ def test_a_damaged_or_foreign_directory_is_named(tmp_path):
     with pytest.raises(ValueError, match="holds no separator"):
         QuerySeparator.from_pretrained(tmp_path)
     small().save_pretrained(tmp_path / "m")
+    with pytest.raises(ValueError, match="holds other files"):
+        small().save_pretrained(tmp_path)
     weights = tmp_path / "m" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(ValueError, match="is damaged"):

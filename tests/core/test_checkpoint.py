@@ -6,7 +6,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mixtura.core.checkpoint import atomic_directory, atomic_file, read_json, verify_safetensors, write_json
+from mixtura.core.checkpoint import (
+    atomic_directory,
+    atomic_file,
+    check_replaceable,
+    read_json,
+    verify_safetensors,
+    write_json,
+)
 
 
 def test_a_failed_write_leaves_the_old_directory_and_no_debris(tmp_path: Path):
@@ -90,3 +97,16 @@ def test_json_that_is_none_is_named(tmp_path: Path):
     (tmp_path / "b.json").write_text("[1]")
     with pytest.raises(ValueError, match="must hold a JSON object, got list"):
         read_json(tmp_path / "b.json")
+
+
+def test_only_an_earlier_result_may_be_replaced(tmp_path: Path):
+    check_replaceable(tmp_path / "new", "mark.json")
+    check_replaceable(tmp_path, "mark.json")
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    with pytest.raises(ValueError, match="holds other files, which would be lost; name a new directory"):
+        check_replaceable(tmp_path, "mark.json")
+    with pytest.raises(ValueError, match=r"note\.txt is a file; give a directory"):
+        check_replaceable(note, "mark.json")
+    (tmp_path / "mark.json").write_text("{}")
+    check_replaceable(tmp_path, "mark.json")

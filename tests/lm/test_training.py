@@ -141,3 +141,17 @@ def test_the_config_says_whether_each_sequence_and_which_devices_are_balanced():
             even = 0.1 * load_balance_loss(*one) + 0.3 * device_balance_loss(*one, [[0, 1], [2, 3]])
             want = want + even / 6  # the mean over three sequences and two layers
     torch.testing.assert_close(language_loss(model, ids, balance=0.1), want)
+
+
+def test_gradient_checkpointing_changes_no_loss_and_no_gradient(moe):
+    model, _ = moe
+    ids = torch.randint(2, 200, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        model.train().zero_grad(set_to_none=True)
+        language_loss(model, ids, balance=0.5, z=0.1).backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():  # the same operations in the same order
+        assert torch.equal(found[1][name], gradient), name

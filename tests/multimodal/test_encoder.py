@@ -74,6 +74,8 @@ def test_what_is_saved_comes_back_to_the_bit_and_half_precision_nearly(tokenizer
     encoder = make(tokenizer, **options)
     encoder.save_pretrained(tmp_path / "whole")
     encoder.save_pretrained(tmp_path / "half", half=True)
+    with pytest.raises(ValueError, match="holds other files"):
+        encoder.save_pretrained(tmp_path)
     whole, half = (TextEncoder.from_pretrained(tmp_path / name) for name in ("whole", "half"))
     assert np.array_equal(whole.encode(TEXTS), encoder.encode(TEXTS))
     np.testing.assert_allclose(half.encode(TEXTS), encoder.encode(TEXTS), atol=2e-3)

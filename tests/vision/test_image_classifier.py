@@ -43,6 +43,8 @@ def test_stripes_are_told_apart_and_bad_files_named(folder: Path, tmp_path: Path
     assert sorted(problems) == ["broken.png", "empty.jpg", "notes.txt"]
     assert not (tmp_path / "state").exists()
     found.classifier.save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="holds other files"):
+        found.classifier.save_pretrained(folder)
     again = ImageClassifier.from_pretrained(tmp_path / "model")
     assert again.labels == ("lying", "standing")
     quiet = image_folder(folder, on_problem=lambda p: None)

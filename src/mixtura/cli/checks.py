@@ -5,6 +5,8 @@ from pathlib import Path
 
 import torch
 
+from mixtura.core.checkpoint import check_replaceable
+
 __all__ = ["check_device", "check_writable"]
 
 
@@ -33,7 +35,4 @@ def check_writable(out: Path, sources: Sequence[str], *, mark: str = "config.jso
             raise ValueError(f"{out} is also the source; write to another directory")
         if Path(source).resolve().is_relative_to(out.resolve()):
             raise ValueError(f"{out} holds {source}, which would be lost; write to another directory")
-    if out.is_file():
-        raise ValueError(f"{out} is a file; give a directory to write")
-    if out.is_dir() and any(out.iterdir()) and not (out / mark).exists():
-        raise ValueError(f"{out} holds other files, which would be lost; name a new directory")
+    check_replaceable(out, mark)

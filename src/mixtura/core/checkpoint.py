@@ -15,7 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["atomic_directory", "atomic_file", "read_json", "verify_safetensors", "write_json"]
+__all__ = ["atomic_directory", "atomic_file", "check_replaceable", "read_json", "verify_safetensors", "write_json"]
 
 
 @contextmanager
@@ -72,6 +72,22 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_replaceable(path: str | Path, mark: str) -> None:
+    """Refuse to replace a directory, whole as :func:`atomic_directory` does, that is no earlier result.
+
+    Args:
+        path: what is to be written; it need not exist.
+        mark: file by which an earlier result is known.
+    Raises:
+        ValueError: a file, or a directory with files in it and without the mark.
+    """
+    path = Path(path)
+    if path.is_file():
+        raise ValueError(f"{path} is a file; give a directory to write")
+    if path.is_dir() and any(path.iterdir()) and not (path / mark).exists():
+        raise ValueError(f"{path} holds other files, which would be lost; name a new directory")
 
 
 def write_json(path: str | Path, payload: Mapping[str, Any]) -> None:

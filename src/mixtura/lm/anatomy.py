@@ -137,7 +137,8 @@ def find_moe(model: nn.Module) -> list[MoEBlock]:
 def recorded_routing(model: nn.Module | Sequence[MoEBlock]) -> Iterator[dict[str, Routing]]:
     """Record what every gate decides in the forward passes inside the block.
 
-    Yields a dictionary, block name -> :class:`~mixtura.core.gates.Routing` of the latest forward pass, with gradients.
+    Yields a dictionary, block name -> :class:`~mixtura.core.gates.Routing` of the latest forward pass; ``weights`` and
+    ``logits`` with gradients, ``probs`` without.
     """
     seen: dict[str, Routing] = {}
 
@@ -205,7 +206,10 @@ def _attach(block: MoEBlock, change: Change, hooks: ExitStack) -> None:
     def before_experts(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, indices, weights = _arguments(args, kwargs)
         scored = logits.pop()
-        routing = Routing(weights=weights, indices=indices, logits=scored, probs=scored.float().softmax(-1))
+        # No graph of its own: under gradient checkpointing a layer is computed again without these hooks, and what they saved
+        # for a backward pass would be missed.
+        probs = scored.detach().float().softmax(-1)
+        routing = Routing(weights=weights, indices=indices, logits=scored, probs=probs)
         new_weights, new_indices = change(block, routing)
         if new_indices.shape[-1] == 1 and not _is_marked(module):
             # LongCat's experts squeeze a single column away; the same expert again with weight 0 changes nothing.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors
+from mixtura.core.checkpoint import atomic_directory, check_replaceable, read_json, verify_safetensors
 from mixtura.core.measure import bfloat16_over_float32
 from mixtura.lm.anatomy import find_moe
 from mixtura.lm.card import model_card
@@ -149,8 +149,11 @@ def save(model: Any, tokenizer: Any, path: str | Path, *, card: Mapping[str, Any
         model, tokenizer: what to write.
         path: directory to create or replace.
         card: fields of :func:`mixtura.lm.card.model_card`.
+    Raises:
+        ValueError: ``path`` is a directory of other things, which would be lost.
     """
     path = Path(path)
+    check_replaceable(path, "config.json")
     with atomic_directory(path) as beside:
         save_checkpoint(model, beside, shard_bytes=shard_size(model))
         if tokenizer is not None:

@@ -302,7 +302,7 @@ def _balance(routings: Mapping[str, Any], factor: float) -> Tensor:
             raise ValueError(f"router logits of {name} are not finite; lower the learning rate")
         k = routing.indices.shape[-1]
         chosen = top_k(routing.logits, k).indices if routing.dropped else routing.indices
-        terms.append(load_balance_loss(routing.probs, chosen))
+        terms.append(load_balance_loss(routing.logits.float().softmax(-1), chosen))
     return factor * torch.stack(terms).sum()
 
 

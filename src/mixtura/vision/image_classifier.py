@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mixtura.core.checkpoint import atomic_directory, read_json, write_json
+from mixtura.core.checkpoint import atomic_directory, check_replaceable, read_json, write_json
 from mixtura.core.training import History, TrainConfig, fit
 from mixtura.data.images import Fit, ImageFolder, OnProblem, batches, unpack, warn_problem
 from mixtura.vision.residual_network import ResidualNetwork
@@ -164,7 +164,12 @@ class ImageClassifier:
         return self
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write weights (safetensors) and everything else (JSON), whole or not at all."""
+        """Write weights (safetensors) and everything else (JSON), whole or not at all.
+
+        Raises:
+            ValueError: the directory holds other things, which would be lost.
+        """
+        check_replaceable(directory, CONFIG)
         with atomic_directory(directory) as beside:
             state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
             save_file(state, beside / WEIGHTS, metadata={"format": "pt"})

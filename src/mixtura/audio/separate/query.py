@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mixtura.audio.embed import TextTower, load_tower, save_tower
 from mixtura.audio.separate.unet import SpectrumUNet
-from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors, write_json
+from mixtura.core.checkpoint import atomic_directory, check_replaceable, read_json, verify_safetensors, write_json
 from mixtura.core.spectrum import FLOOR, from_bands, istft, stft, to_bands
 
 __all__ = ["Fusion", "MaskUse", "QuerySeparator", "apply_masks"]
@@ -318,7 +318,10 @@ class QuerySeparator(nn.Module):
             path: the directory.
             half: store float16, which halves the file and moves masks by about 0.001.
             note: facts to keep beside the settings, such as the recipe.
+        Raises:
+            ValueError: the directory holds other things, which would be lost.
         """
+        check_replaceable(path, META)
         kind = torch.float16 if half else torch.float32
         tensors = {
             name: (t.to(kind) if t.is_floating_point() else t).contiguous()

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mixtura.core.checkpoint import atomic_directory, read_json, verify_safetensors, write_json
+from mixtura.core.checkpoint import atomic_directory, check_replaceable, read_json, verify_safetensors, write_json
 from mixtura.core.progress import progress
 from mixtura.multimodal.retrieval.crops import Tokens
 from mixtura.multimodal.retrieval.tokenizer import SearchTokenizer
@@ -238,7 +238,10 @@ class TextEncoder(nn.Module):
             path: directory.
             half: weights in float16, half the size; they are read as float32 again.
             facts: what else to remember, such as how it was trained; plain JSON.
+        Raises:
+            ValueError: the directory holds other things, which would be lost.
         """
+        check_replaceable(path, CONFIG)
         with atomic_directory(path) as beside:
             tensors = {
                 name: (t.half() if half and t.is_floating_point() else t).detach().cpu().contiguous()
