@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,7 +141,9 @@ def test_the_life_of_a_mixture_command_by_command(moe: Path, text: Path, tmp_pat
 def test_an_interrupted_training_goes_on(moe: Path, text: Path, tmp_path: Path):
     arguments = ["train", moe, "--text", text, "--steps", "400", "--length", "32", "--checkpoint-every", "5"]
     command = [sys.executable, "-m", "mixtura", *map(str, arguments), "--out", str(tmp_path / "t")]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a script SIGINT is ignored, and children would ignore it, too.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard)
     state = tmp_path / "t.state" / "training.json"
     until = time.monotonic() + 120
     while not state.exists() and time.monotonic() < until and running.poll() is None:

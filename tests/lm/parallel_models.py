@@ -140,12 +140,11 @@ def replayed(bounds: list[int], step: int) -> Iterator[None]:
         return torch.cat([y for y, _ in made]), _joined([routing for _, routing in made])
 
     def selected(self, routing, tokens=None):
-        assert tokens is None
         length = len(routing.indices) // bounds[-1]
 
         def part(a, b):
             rows = {f.name: getattr(routing, f.name)[a * length : b * length] for f in fields(Routing)}
-            return limited(self, replace(routing, **rows))
+            return limited(self, replace(routing, **rows), None if tokens is None else tokens[a:b])
 
         return _joined(by_part(part))
 
