@@ -95,12 +95,10 @@ def bandwidth(rounds: int, clock: Clock) -> float:
     return buffer.numel() * 4 / min(seconds)
 
 
-def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds: int, clock: Clock) -> dict[str, Any]:
-    experts, shape = build(name, dtype).requires_grad_(backward), SHAPES[name]
-    inputs = routings(shape, n_tokens, dtype, 8)
-    names = [n for n in RIVALS if n != "batched_mm" or n_tokens <= BATCHED_MM_TOKENS] + ["mixtura"]
+def step_of(experts: Any, backward: bool) -> Callable[[str, tuple[Tensor, ...]], Tensor]:
+    """A pass over a case by the implementation of a name; with ``backward`` its gradients too."""
 
-    def step(name: str, case: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def step(name: str, case: tuple[Tensor, ...]) -> Tensor:
         experts.config._experts_implementation = name
         x, indices, weights = case
         if not backward:
@@ -113,6 +111,15 @@ def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds
         y.backward(x.detach())
         return y
 
+    return step
+
+
+def measure(name: str, n_tokens: int, dtype: torch.dtype, backward: bool, rounds: int, clock: Clock) -> dict[str, Any]:
+    experts, shape = build(name, dtype).requires_grad_(backward), SHAPES[name]
+    inputs = routings(shape, n_tokens, dtype, 8)
+    names = [n for n in RIVALS if n != "batched_mm" or n_tokens <= BATCHED_MM_TOKENS] + ["mixtura"]
+
+    step = step_of(experts, backward)
     once = check_same(experts, step, inputs[0], names, backward)
     fastest = min(once[n] for n in names if n != "mixtura")
     hopeless = {n: s for n, s in once.items() if s > HOPELESS * fastest}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from _side_by_side import alternate, median, ratio, versions, write_record
-from experts_forward import check_same, routings
+from experts_forward import check_same, routings, step_of
 from torch import Tensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -100,20 +100,7 @@ def products_alone(experts: MixtralExperts, indices: Tensor) -> Callable[[], obj
 def measure(shape: dict[str, int], n_tokens: int, backward: bool, device: torch.device, rounds: int) -> dict[str, Any]:
     experts = build(shape, device).requires_grad_(backward)
     inputs = [tuple(t.to(device) for t in case) for case in routings(shape, n_tokens, torch.bfloat16, 4)]
-
-    def step(name: str, case: tuple[Tensor, ...]) -> Tensor:
-        experts.config._experts_implementation = name
-        x, indices, weights = case
-        if not backward:
-            with torch.no_grad():
-                return experts(x, indices, weights)
-        for p in experts.parameters():
-            p.grad = None
-        x, weights = x.detach().requires_grad_(), weights.detach().requires_grad_()
-        y = experts(x, indices, weights)
-        y.backward(x.detach())
-        return y
-
+    step = step_of(experts, backward)
     names = [RIVAL, *OURS.values()]
     check_same(experts, step, inputs[0], names, backward)
     if device.type != "cuda":

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from expert_passes import by_backend, everything
 from torch import Tensor
 
 from mixtura.core import gpu_dispatch
-from mixtura.core.dispatch import ExpertStack, dispatch, experts_forward, gated
+from mixtura.core.dispatch import ExpertStack, dispatch, gated
 from mixtura.core.gates import limit_capacity, top_k
 
 DEVICE = "cpu" if gpu_dispatch.INTERPRETED else "cuda"
@@ -31,28 +32,6 @@ def random_case(n_tokens, width, hidden, n_experts, k, *, has_gate=True, bias=Tr
         "down_bias": draw(n_experts, width) if bias else None,
         "indices": torch.randint(0, n_experts + 1, (n_tokens, k), generator=g).to(DEVICE),
     }
-
-
-def by_backend(case: dict, backend: str) -> Tensor:
-    return experts_forward(
-        case["x"],
-        case["up"],
-        case["down"],
-        case["indices"],
-        case["weights"],
-        gate_up_bias=case["up_bias"],
-        down_bias=case["down_bias"],
-        backend=backend,
-    )
-
-
-def everything(case: dict, forward) -> dict[str, Tensor]:
-    """Output and every gradient by name. The loss is not symmetric, so that a transposed gradient shows."""
-    leaves = {name: t for name, t in case.items() if t is not None and t.requires_grad}
-    y = forward(case)
-    scale = torch.arange(1, y.numel() + 1, dtype=y.dtype, device=y.device).view_as(y) / max(y.numel(), 1)
-    grads = torch.autograd.grad((y * scale).sum(), list(leaves.values()))
-    return {"y": y.detach()} | {f"{name}.grad": grad for name, grad in zip(leaves, grads, strict=True)}
 
 
 def in_float64(case: dict) -> dict:

@@ -3,6 +3,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from expert_passes import by_backend, everything
 from torch import Tensor
 
 from mixtura.core.dispatch import ExpertStack, dispatch, experts_forward, gated, why_not
@@ -45,31 +46,6 @@ def by_hand(case: dict) -> Tensor:
         for x, es, ws in zip(case["x"], case["indices"].tolist(), case["weights"], strict=True)
     ]
     return torch.stack(tokens) if tokens else case["x"] * 1.0
-
-
-def by_backend(case: dict, backend: str) -> Tensor:
-    return experts_forward(
-        case["x"],
-        case["up"],
-        case["down"],
-        case["indices"],
-        case["weights"],
-        gate_up_bias=case["up_bias"],
-        down_bias=case["down_bias"],
-        backend=backend,
-    )
-
-
-def everything(case: dict, forward) -> dict[str, Tensor]:
-    """Output and every gradient by name. The loss is not symmetric, so that a transposed gradient shows."""
-    leaves = {name: t for name, t in case.items() if t is not None and t.requires_grad}
-    y = forward(case)
-    scale = torch.arange(1, y.numel() + 1, dtype=y.dtype).view_as(y) / max(y.numel(), 1)
-    grads = torch.autograd.grad((y * scale).sum() + y.square().sum(), list(leaves.values()), allow_unused=True)
-    return {"y": y.detach()} | {
-        f"{name}.grad": torch.zeros_like(leaf) if grad is None else grad
-        for (name, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
 
 
 SHAPES = [(7, 5, 3, 4, 2), (1, 3, 2, 5, 5), (0, 3, 2, 4, 2), (13, 8, 1, 3, 1), (40, 6, 8, 2, 2), (9, 1, 7, 16, 3)]
